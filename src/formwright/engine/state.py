@@ -1,0 +1,124 @@
+"""What a stream remembers: every slot of a model by its path, batch first, and how many tokens each row has seen.
+
+Values are replaced, never written in place, so a fork is free. Growing slots are aligned on the right: the last token
+of every row stands in the last column, so one call may bring any number of new tokens per row, 0 included, and a
+window is a slice. A place before a row's first token has a negative position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from formwright.kit.errors import Refusal
+
+
+class State:
+    """``seen`` (B,) int64. ``values``: path.name -> tensor; growing ones are (B, S, ...) and also in ``growing``."""
+
+    def __init__(self, rows: int, device: torch.device | str = "cpu") -> None:
+        self.seen = torch.zeros(rows, dtype=torch.long, device=device)
+        self.values: dict[str, Tensor] = {}
+        self.growing: dict[str, int | None] = {}
+
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing has been seen yet."""
+        return not self.values
+
+    def get(self, key: str) -> Tensor | None:
+        return self.values.get(key)
+
+    def put(self, key: str, value: Tensor) -> None:
+        self.values[key] = value
+
+    def append(
+        self, key: str, tokens: Tensor, lengths: Tensor | None, window: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Add (B, L, ...) tokens, ``lengths`` (B,) of them valid -> all so far (B, S, ...), positions (B, S).
+
+        All columns that this call may need come back; with ``window`` only that many stay for later calls.
+        """
+        rows, length = tokens.shape[:2]
+        kept = self.values.get(key)
+        past = 0 if kept is None else kept.shape[1]
+        everything = tokens if kept is None else torch.cat((kept, tokens), 1)
+        after = self.seen + (length if lengths is None else lengths)
+        if lengths is not None:
+            # Shift each row right by its number of padded places, so that its last token stands last.
+            shift = (length - lengths)[:, None]
+            steps = torch.arange(past + length, device=tokens.device)[None]
+            source = (steps - shift).clamp(min=0)
+            index = source.reshape(rows, -1, *[1] * (tokens.dim() - 2)).expand(-1, -1, *tokens.shape[2:])
+            everything = everything.gather(1, index)
+        total = everything.shape[1]
+        positions = after[:, None] - total + torch.arange(total, device=tokens.device)[None]
+        stay = everything if window is None or total <= window else everything[:, total - window :]
+        if lengths is not None and window is None:
+            longest = int(after.max()) if rows else 0
+            stay = everything[:, max(0, total - longest) :]
+        self.values[key] = stay
+        self.growing[key] = window
+        return everything, positions
+
+    def advance(self, lengths: Tensor | None, length: int) -> None:
+        """All layers have run: move ``seen`` on by this call's tokens."""
+        self.seen = self.seen + (length if lengths is None else lengths)
+
+    def fork(self) -> State:
+        """An independent state of the same stream; costs nothing."""
+        return self._with(dict(self.values), self.seen)
+
+    def _with(self, values: dict[str, Tensor], seen: Tensor) -> State:
+        made = State(0, seen.device)
+        made.seen, made.values, made.growing = seen, values, dict(self.growing)
+        return made
+
+    def take(self, rows: Tensor) -> State:
+        """The chosen rows, which may repeat."""
+        return self._with({key: value[rows] for key, value in self.values.items()}, self.seen[rows])
+
+    def join(self, other: State) -> State:
+        """This state's rows and then the other's."""
+        values = {}
+        for key, mine in self.values.items():
+            theirs = other.values[key]
+            if key in self.growing:
+                width = max(mine.shape[1], theirs.shape[1])
+                mine, theirs = (_widen(t, width) for t in (mine, theirs))
+            elif mine.shape[1:] != theirs.shape[1:]:
+                raise Refusal(
+                    f"states cannot be joined: {key} has shapes {tuple(mine.shape)} and {tuple(theirs.shape)}"
+                )
+            values[key] = torch.cat((mine, theirs))
+        return self._with(values, torch.cat((self.seen, other.seen)))
+
+    def truncate(self, lengths: Tensor) -> None:
+        """Forget each row's tokens from ``lengths`` (B,) on. Only where every slot grows without a window."""
+        fixed = [key for key in self.values if self.growing.get(key, 0) is not None]
+        if fixed:
+            raise Refusal(f"{fixed[0]} cannot be truncated; fork the state before the draft instead")
+        lengths = torch.minimum(lengths, self.seen)
+        drop = self.seen - lengths
+        for key, value in self.values.items():
+            total = value.shape[1]
+            steps = torch.arange(total, device=value.device)[None] - drop[:, None]
+            index = steps.clamp(min=0).reshape(len(drop), total, *[1] * (value.dim() - 2)).expand_as(value)
+            longest = int(lengths.max()) if len(lengths) else 0
+            self.values[key] = value.gather(1, index)[:, max(0, total - longest) :]
+        self.seen = lengths
+
+    def bytes(self) -> int:
+        """Bytes of all remembered tensors."""
+        return sum(value.numel() * value.element_size() for value in self.values.values())
+
+    def leaves(self) -> Mapping[str, Tensor]:
+        """The remembered tensors by key; may carry gradients."""
+        return self.values
+
+
+def _widen(value: Tensor, width: int) -> Tensor:
+    spare = width - value.shape[1]
+    return value if spare == 0 else torch.cat((value.new_zeros(len(value), spare, *value.shape[2:]), value), 1)

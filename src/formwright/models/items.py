@@ -1,0 +1,294 @@
+"""Items: what the flat list of layers is made of.
+
+An item is ``forward(x, ctx) -> (x, ctx)``. ``Residual`` adds a part's output to the stream (norm before, after, or on
+both sides); ``Bare`` does not; ``Reshape`` may change length, width or grid; ``Loop`` runs a list several times;
+``Tap`` and ``Join`` carry a skip; ``Use`` runs a shared list. Removing a part leaves the item in place: a pre-norm
+residual becomes the identity, a post-norm one keeps its norm, and no other name changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from formwright.kit.errors import SpecError
+from formwright.parts.base import Cost, Part, Shape, cost_sum
+from formwright.parts.context import Context
+
+Order = Literal["pre", "post", "sandwich"]
+
+
+class Item(nn.Module):
+    """``id`` is permanent and unique in a model; ``local`` is its path inside the list that holds it."""
+
+    id: str = ""
+    local: str = ""
+    block: int = 0
+    width: int = 0
+    out_width: int = 0
+
+    def forward(self, x: Tensor, ctx: Context) -> tuple[Tensor, Context]:
+        raise NotImplementedError
+
+    def held(self) -> Iterator[Item]:
+        """Items inside this one."""
+        return iter(())
+
+    def parts(self) -> Iterator[tuple[str, Part]]:
+        """(path below the item's own, part) of what it runs directly."""
+        return iter(())
+
+    def cost(self, shape: Shape) -> Cost:
+        return Cost()
+
+    def shape_after(self, shape: Shape) -> Shape:
+        return shape
+
+
+def repacked(part: nn.Module, x: Tensor, ctx: Context) -> Tensor:
+    """Run a part that does not take the packed layout: unpack, run padded, pack again."""
+    assert ctx.offsets is not None
+    sizes = ctx.offsets.diff()
+    longest = int(sizes.max()) if len(sizes) else 0
+    places = torch.arange(longest, device=x.device)[None]
+    valid = places < sizes[:, None]
+    rows = x.new_zeros(len(sizes), longest, x.shape[-1])
+    rows = rows.masked_scatter(valid[..., None], x[0])
+    inner = ctx.replace(offsets=None, borders=None, lengths=sizes, positions=places.expand(len(sizes), -1))
+    return part(rows, inner)[valid][None]
+
+
+class Residual(Item):
+    """x + part(norm(x)), norm(x + part(x)), or x + norm_out(part(norm(x))), joined by ``combine``."""
+
+    def __init__(
+        self, part: Part | None, order: Order, norm: nn.Module | None, norm_out: nn.Module | None, combine: nn.Module
+    ) -> None:
+        super().__init__()
+        self.order = order
+        self.part = part
+        self.norm = norm
+        self.norm_out = norm_out
+        self.combine = combine
+
+    @property
+    def dropped(self) -> bool:
+        return self.part is None
+
+    def drop(self) -> dict[str, nn.Module | None]:
+        """Remove the part (and norms that only served it); returns what was removed, for :meth:`restore`."""
+        if self.part is None:
+            raise SpecError(f"{self.id} is already dropped")
+        removed: dict[str, nn.Module | None] = {"part": self.part, "combine": self.combine, "norm_out": self.norm_out}
+        self.part, self.norm_out = None, None
+        self.combine = nn.Identity()
+        if self.order != "post":
+            removed["norm"] = self.norm
+            self.norm = None
+        return removed
+
+    def restore(self, removed: dict[str, nn.Module | None]) -> None:
+        for name, module in removed.items():
+            setattr(self, name, module)
+
+    def parts(self) -> Iterator[tuple[str, Part]]:
+        if self.part is not None:
+            yield "", self.part
+
+    def forward(self, x: Tensor, ctx: Context) -> tuple[Tensor, Context]:
+        if self.part is None:
+            return (x if self.norm is None else self.norm(x)), ctx
+        inner = ctx.at(self.local)
+        seen = x if self.norm is None or self.order == "post" else self.norm(x)
+        if hasattr(self.combine, "before"):
+            seen = self.combine.before(seen, inner)
+        if inner.offsets is not None and not self.part.traits.packed:
+            y = repacked(self.part, seen, inner)
+        else:
+            y = self.part(seen, inner)
+        inner.note("output", y)
+        if self.norm_out is not None:
+            y = self.norm_out(y)
+        x = self.combine(x, y, inner)
+        if self.order == "post" and self.norm is not None:
+            x = self.norm(x)
+        return x, ctx
+
+    def cost(self, shape: Shape) -> Cost:
+        held = [m for m in (self.part, self.norm, self.norm_out, self.combine) if m is not None and hasattr(m, "cost")]
+        return cost_sum([module.cost(shape) for module in held])
+
+
+class Bare(Item):
+    """part(x) takes the place of x."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def parts(self) -> Iterator[tuple[str, Part]]:
+        if isinstance(self.part, Part):
+            yield "", self.part
+
+    def forward(self, x: Tensor, ctx: Context) -> tuple[Tensor, Context]:
+        if not isinstance(self.part, Part):
+            return self.part(x), ctx
+        inner = ctx.at(self.local)
+        if inner.offsets is not None and not self.part.traits.packed:
+            return repacked(self.part, x, inner), ctx
+        return self.part(x, inner), ctx
+
+    def cost(self, shape: Shape) -> Cost:
+        return self.part.cost(shape)  # type: ignore[operator]
+
+
+class Reshape(Item):
+    """A run's border where length, width or grid changes."""
+
+    def __init__(self, reshape: nn.Module) -> None:
+        super().__init__()
+        self.reshape = reshape
+
+    def forward(self, x: Tensor, ctx: Context) -> tuple[Tensor, Context]:
+        x, inner = self.reshape(x, ctx.at(self.local))
+        return x, inner.replace(path=ctx.path)
+
+    def cost(self, shape: Shape) -> Cost:
+        return self.reshape.cost(shape)  # type: ignore[operator]
+
+    def shape_after(self, shape: Shape) -> Shape:
+        return self.reshape.shape_after(shape)  # type: ignore[operator]
+
+
+class ItemList(nn.Module):
+    """An ordered list of items held in blocks, so that a tensor's name begins with its item's id."""
+
+    def add(self, local: str, item: Item) -> None:
+        """Hold ``item`` under ``local`` (``b3.attention``: block ``b3``, name ``attention``)."""
+        block, _, name = local.partition(".")
+        if block not in self._modules:
+            self.add_module(block, Block())
+        holder = self._modules[block]
+        assert holder is not None
+        holder.add_module(name, item)
+
+    def items(self) -> Iterator[Item]:
+        """The items of this list in order, not those inside them."""
+        for block in self._modules.values():
+            if isinstance(block, Block):
+                yield from block._modules.values()  # type: ignore[misc]
+
+
+class Block(nn.Module):
+    """The items that share a block number; only a holder of names."""
+
+
+class Loop(Item, ItemList):
+    """The same items ``times`` times; the run-time knob ``loops`` overrides. State and noise are kept per round."""
+
+    knobs = {"loops": "how many times every loop runs"}
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        if times < 1:
+            raise SpecError(f"a loop runs at least once, not {times} times")
+        self.times = times
+
+    def held(self) -> Iterator[Item]:
+        return self.items()
+
+    def forward(self, x: Tensor, ctx: Context) -> tuple[Tensor, Context]:
+        rounds = int(ctx.knobs.get("loops", self.times))
+        for index in range(rounds):
+            inner = ctx.at(f"{self.local}@{index}")
+            for item in self.items():
+                x, inner = item(x, inner)
+            ctx = inner.replace(path=ctx.path)
+        return x, ctx
+
+    def cost(self, shape: Shape) -> Cost:
+        each = cost_sum([item.cost(shape) for item in self.items()])
+        return Cost(each.parameters, each.macs * self.times, each.state_bytes * self.times)
+
+
+class Use(Item):
+    """A shared list run here: its tensors live under ``shared.NAME``, its state under this item's own id."""
+
+    def __init__(self, name: str, shared: ItemList) -> None:
+        super().__init__()
+        self.name = name
+        self._shared = [shared]
+
+    @property
+    def shared(self) -> ItemList:
+        return self._shared[0]
+
+    def held(self) -> Iterator[Item]:
+        return self.shared.items()
+
+    def forward(self, x: Tensor, ctx: Context) -> tuple[Tensor, Context]:
+        inner = ctx.at(self.local)
+        for item in self.shared.items():
+            x, inner = item(x, inner)
+        return x, inner.replace(path=ctx.path)
+
+    def cost(self, shape: Shape) -> Cost:
+        each = cost_sum([item.cost(shape) for item in self.shared.items()])
+        return Cost(0, each.macs, each.state_bytes)
+
+
+class Tap(Item):
+    """Keeps the stream under a name for a later :class:`Join`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor, ctx: Context) -> tuple[Tensor, Context]:
+        return x, ctx.replace(streams={**ctx.streams, self.name: x})
+
+
+class Join(Item):
+    """combine(x, the tapped stream)."""
+
+    def __init__(self, name: str, combine: nn.Module) -> None:
+        super().__init__()
+        self.name = name
+        self.combine = combine
+
+    def forward(self, x: Tensor, ctx: Context) -> tuple[Tensor, Context]:
+        if self.name not in ctx.streams:
+            raise SpecError(f"{self.id} joins {self.name!r}, which no tap before it keeps")
+        if ctx.streams[self.name].shape != x.shape:
+            raise SpecError(f"{self.id} joins {tuple(ctx.streams[self.name].shape)} to a stream of {tuple(x.shape)}")
+        return self.combine(x, ctx.streams[self.name], ctx.at(self.local)), ctx
+
+    def cost(self, shape: Shape) -> Cost:
+        return self.combine.cost(shape)  # type: ignore[operator]
+
+
+def walk(items: Iterator[Item], seen: set[int] | None = None) -> Iterator[Item]:
+    """Every item in depth order, nested ones included, shared ones once."""
+    seen = set() if seen is None else seen
+    for item in items:
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        yield item
+        yield from walk(item.held(), seen)
+
+
+def describe(item: Item) -> str:
+    """One word for what an item is, for layouts and reports."""
+    if isinstance(item, Residual):
+        return "nothing" if item.part is None else part_name(item.part)
+    if isinstance(item, Bare):
+        return part_name(item.part)
+    return type(item).__name__.lower()
+
+
+def part_name(module: Any) -> str:
+    return getattr(type(module), "registered", ("", type(module).__name__.lower()))[1]

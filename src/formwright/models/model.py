@@ -1,0 +1,340 @@
+"""The one backbone: stem, conditioners, a flat list of items, a final norm, heads.
+
+There is no class per paper; a model is its spec plus its history of surgeries. ``embed``, ``run`` and ``read`` are
+public, so any pass can be cut at an item's id: search, probes, checkpointing and pipelines all use that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from formwright.kit.errors import FormwrightError, Refusal, SpecError, unknown
+from formwright.models.batch import EMPTY, Batch
+from formwright.models.build import Builder
+from formwright.models.items import Item, ItemList, Residual, describe, walk
+from formwright.models.text import TextFace
+from formwright.parts.base import Cost, LinearLike, Part, Shape, Slot, TableLike, cost_sum, linears, tables
+from formwright.parts.context import Context
+from formwright.parts.heads.pooling import Head
+from formwright.parts.make import make
+from formwright.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a model's history: a ``surgery`` (its plan replays at load) or an ``event`` (trained, healed)."""
+
+    kind: str
+    name: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, "name": self.name, "data": dict(self.data)}
+
+
+class Model(TextFace, ItemList):
+    """See the module. Made by :func:`formwright.models.build.build`; ``spec`` is the model as first written and never
+    changes, what it is now is read from its modules (:meth:`walk`, :meth:`layout`)."""
+
+    def __init__(self, spec: ModelSpec, stem: nn.Module | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.history: list[Entry] = []
+        self.name = ""
+        builder = Builder(spec)
+        width = spec.width
+        self.stem = self._try(builder, "stem", lambda: stem or make("stem", self._stem_node(spec), width))
+        self.conditioners = nn.ModuleDict()
+        for name, node in spec.conditioners.items():
+            made = self._try(builder, f"conditioners.{name}", lambda node=node: make("conditioner", node, width))
+            if made is not None:
+                self.conditioners[name] = made
+        width = builder.fill(self, spec.layers, width, "", "layers")
+        self.shared = builder.shared
+        self.final_norm = None
+        if spec.final_norm is not None:
+            self.final_norm = self._try(builder, "final_norm", lambda: make("norm", spec.final_norm, width))
+        named = {"": spec.head} if "part" in spec.head else spec.head
+        self.heads = nn.ModuleDict()
+        for name, node in named.items():
+            made = self._try(builder, f"head.{name}" if name else "head", lambda node=node: make("head", node, width))
+            if made is not None:
+                self.heads[name or "out"] = made
+        builder.check()
+        self.width = width
+        self.tie()
+
+    @staticmethod
+    def _stem_node(spec: ModelSpec) -> dict[str, Any]:
+        return {key: value for key, value in spec.stem.items() if key != "width"}
+
+    @staticmethod
+    def _try(builder: Builder, where: str, make_it: Any) -> Any:
+        try:
+            return make_it()
+        except FormwrightError as error:
+            builder.problems += [f"{where}: {line}" for line in str(error).split("\n")]
+            return None
+
+    def tie(self) -> None:
+        """Point tied heads at the stem's token table; after anything that replaces either."""
+        for head in self.heads.values():
+            if getattr(head, "tied", False):
+                table = getattr(self.stem, "tokens", None)
+                if table is None:
+                    raise SpecError("a tied head needs a stem with a token table")
+                head.tie(table)  # type: ignore[operator]
+
+    # ------------------------------------------------------------------ structure
+
+    def walk(self) -> Iterator[Item]:
+        """Every item in depth order, nested ones included, shared ones once."""
+        return walk(self.items())
+
+    def item(self, id: str) -> Item:
+        """The item of that id; SpecError with the nearest id otherwise."""
+        known = {item.id: item for item in self.walk()}
+        if id not in known:
+            raise SpecError(unknown("item", id, known))
+        return known[id]
+
+    def layout(self) -> list[dict[str, Any]]:
+        """What the model is now: id, block, kind and slots of every item."""
+        found = []
+        for item in self.walk():
+            kinds = {
+                name: getattr(type(slot), "registered", ("", type(slot).__name__))[1] for name, slot in linears(item)
+            }
+            found.append({"id": item.id, "block": item.block, "is": describe(item), "slots": kinds})
+        return found
+
+    def slots(self) -> dict[str, LinearLike]:
+        """Every linear by its address: ``b3.attention:q``, ``stem:project``, ``head:out`` (``head.NAME:out``)."""
+        return {f"{owner}:{name}": slot for owner, module in self._owners() for name, slot in linears(module)}
+
+    def tables(self) -> dict[str, TableLike]:
+        """Every lookup table by its address: ``stem:tokens`` ..."""
+        return {f"{owner}:{name}": table for owner, module in self._owners() for name, table in tables(module)}
+
+    def _owners(self) -> Iterator[tuple[str, nn.Module]]:
+        if self.stem is not None:
+            yield "stem", self.stem
+        for name, module in self.conditioners.items():
+            yield f"conditioner.{name}", module
+        for item in self.walk():
+            if not isinstance(item, ItemList):
+                yield item.id, _Flat.of(item)
+        for name, head in self.heads.items():
+            yield ("head" if name == "out" else f"head.{name}"), head
+
+    def slot(self, address: str) -> LinearLike:
+        """The linear at an address; SpecError with the nearest address otherwise."""
+        known = self.slots()
+        if address not in known:
+            raise SpecError(unknown("slot", address, known))
+        return known[address]
+
+    def set_slot(self, address: str, module: nn.Module) -> nn.Module:
+        """Put ``module`` into a slot or table; returns what stood there."""
+        owner, _, path = address.partition(":")
+        holder = dict(self._owners()).get(owner)
+        if holder is None:
+            raise SpecError(unknown("slot", address, [*self.slots(), *self.tables()]))
+        *way, last = path.split(".")
+        if isinstance(holder, _Flat):
+            holder, way = holder.holder(path), way
+        for name in way:
+            holder = getattr(holder, name)
+        displaced = getattr(holder, last)
+        setattr(holder, last, module)
+        self.tie()
+        return displaced
+
+    def state_slots(self) -> dict[str, Slot]:
+        """path.name -> what a stream of this model remembers."""
+        found = {}
+
+        def visit(items: Iterator[Item], prefix: str) -> None:
+            for item in items:
+                path = f"{prefix}{item.local}"
+                for below, part in item.parts():
+                    for name, slot in part.slots().items():
+                        found[f"{path}{below}.{name}"] = slot
+                if isinstance(item, ItemList):
+                    for index in range(item.times):  # type: ignore[attr-defined]
+                        visit(item.held(), f"{path}@{index}.")
+                else:
+                    visit(item.held(), f"{path}.")
+
+        visit(self.items(), "")
+        return found
+
+    def parts(self) -> Iterator[tuple[str, Part]]:
+        """(item id, part) of every part of the layer list."""
+        for item in self.walk():
+            for _, part in item.parts():
+                yield item.id, part
+
+    @property
+    def causal(self) -> bool:
+        """Whether no output depends on a later input, from the declared traits."""
+        return all(part.traits.causal for _, part in self.parts())
+
+    @property
+    def streams(self) -> bool:
+        """Whether it may be run call by call with a state."""
+        return all(part.traits.streams for _, part in self.parts())
+
+    @property
+    def device(self) -> torch.device:
+        return next((t.device for t in (*self.parameters(), *self.buffers())), torch.device("cpu"))
+
+    def knobs(self) -> dict[str, str]:
+        """Run-time choices its parts and items understand, with their meaning."""
+        found: dict[str, str] = {}
+        for module in self.modules():
+            if isinstance(module, (Part, Item)):
+                found.update(getattr(module, "knobs", EMPTY))
+        return found
+
+    # ------------------------------------------------------------------ running
+
+    def embed(self, batch: Batch | Tensor, **context: Any) -> tuple[Tensor, Context]:
+        """Run the stem and the conditioners: x (B, L, W) and the context. Keywords are fields of the context."""
+        batch = self._batch(batch, context)
+        field = self.stem.field()
+        known = self.knobs() if context.get("knobs") else {}
+        for knob in context.get("knobs") or ():
+            if knob not in known:
+                raise SpecError(unknown("knob", knob, known))
+        given = dict(context)
+        given.setdefault("lengths", batch.lengths.get(field))
+        given.setdefault("offsets", batch.offsets.get(field))
+        for name in ("marks", "condition"):
+            given[name] = {**getattr(batch, name), **given.get(name, EMPTY)}
+        if given["offsets"] is not None:
+            given["lengths"] = None
+            given.setdefault("borders", tuple(given["offsets"].tolist()))
+        ctx = Context(**given)
+        if ctx.positions is None and field in batch.inputs and batch.inputs[field].dim() >= 2:
+            steps = batch.inputs[field]
+            if ctx.state is not None or ctx.offsets is not None:
+                ctx = ctx.replace(positions=ctx.place(steps))
+        x, ctx = self.stem(dict(batch.inputs), ctx)
+        if ctx.positions is None and self._rotary():
+            ctx = ctx.replace(positions=ctx.place(x))  # made once, shared by all layers
+        for name, conditioner in self.conditioners.items():
+            ctx = conditioner(x, ctx, name)
+        return x, ctx
+
+    def _rotary(self) -> bool:
+        return any(getattr(part, "rotary", None) is not None for _, part in self.parts())
+
+    def _batch(self, batch: Batch | Tensor, context: dict[str, Any]) -> Batch:
+        if isinstance(batch, Batch):
+            return batch
+        if isinstance(batch, Tensor):
+            return Batch(inputs={self.stem.field(): batch})
+        if isinstance(batch, Mapping):
+            return Batch(inputs=batch)
+        raise SpecError(f"a model reads a Batch or a tensor of its stem's field, not a {type(batch).__name__}")
+
+    def run(self, x: Tensor, ctx: Context, start: str | None = None, stop: str | None = None) -> tuple[Tensor, Context]:
+        """The items from ``start`` (default the first) up to, not including, ``stop`` (default past the last)."""
+        items = list(self.items())
+        if start is not None or stop is not None:
+            places = {item.id: index for index, item in enumerate(items)}
+            for id in (start, stop):
+                if id is not None and id not in places:
+                    inside = any(item.id == id for item in self.walk())
+                    raise (
+                        Refusal(f"{id} lies inside a loop or shared list; a pass can be cut at {', '.join(places)}")
+                        if inside
+                        else SpecError(unknown("item", id, places))
+                    )
+            items = items[places.get(start, 0) if start else 0 : places[stop] if stop else len(items)]
+        for item in items:
+            x, ctx = item(x, ctx)
+        return x, ctx
+
+    def read(self, x: Tensor, ctx: Context, head: str | None = None) -> Any:
+        """The final norm and a head: its tensor, or a dict of all when there are several and none is named."""
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        if head is not None:
+            if head not in self.heads:
+                raise SpecError(unknown("head", head, self.heads))
+            return self.heads[head](x, ctx)
+        if len(self.heads) == 1:
+            return next(iter(self.heads.values()))(x, ctx)
+        return {name: made(x, ctx) for name, made in self.heads.items()}
+
+    def forward(self, batch: Batch | Tensor, *, head: str | None = None, **context: Any) -> Any:
+        """embed, run, read. With ``state=`` the stream moves on by this call's tokens."""
+        x, ctx = self.embed(batch, **context)
+        x, ctx = self.run(x, ctx)
+        out = self.read(x, ctx, head)
+        if ctx.state is not None and not ctx.recompute:
+            tokens = self._batch(batch, context).inputs[self.stem.field()]
+            ctx.state.advance(ctx.lengths, tokens.shape[1])  # type: ignore[attr-defined]
+        return out
+
+    def head(self, name: str | None = None) -> Head:
+        """The named head, or the only one."""
+        if name is None:
+            if len(self.heads) != 1:
+                raise SpecError(f"this model has heads {', '.join(self.heads)}: name one")
+            return next(iter(self.heads.values()))  # type: ignore[return-value]
+        if name not in self.heads:
+            raise SpecError(unknown("head", name, self.heads))
+        return self.heads[name]  # type: ignore[return-value]
+
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters, multiply-accumulates and state bytes of a call of ``shape``, in closed form."""
+        total = self.stem.cost(shape) + cost_sum([made.cost(shape) for made in self.conditioners.values()])
+        for item in self.items():
+            total = total + item.cost(shape)
+            shape = item.shape_after(shape)
+        for holder in self.shared.values():
+            total = total + Cost(sum(item.cost(shape).parameters for item in holder.items()))  # type: ignore[operator]
+        if self.final_norm is not None:
+            total = total + self.final_norm.cost(shape)
+        return total + cost_sum([head.cost(shape) for head in self.heads.values()])
+
+    def residuals(self) -> list[Residual]:
+        """The residual items that still hold a part, in depth order: the sublayers that may be dropped."""
+        return [item for item in self.walk() if isinstance(item, Residual) and not item.dropped]
+
+
+class _Flat(nn.Module):
+    """An item seen with its part's members at the top, so that ``b3.attention:q`` names the part's ``q``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    @classmethod
+    def of(cls, item: Item) -> _Flat:
+        flat = cls()
+        flat._item = [item]  # type: ignore[assignment]
+        return flat
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:  # type: ignore[override]
+        item = self._item[0]  # type: ignore[index]
+        for name, child in item.named_children():
+            if name in ("part", "reshape") and child is not None:
+                yield from child.named_children()
+        for name, child in item.named_children():
+            if name in ("combine", "norm", "norm_out"):
+                yield name, child
+
+    def holder(self, path: str) -> nn.Module:
+        item = self._item[0]  # type: ignore[index]
+        first = path.split(".")[0]
+        if first in ("combine", "norm", "norm_out"):
+            return item
+        return item.part if getattr(item, "part", None) is not None else item.reshape

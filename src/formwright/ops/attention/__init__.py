@@ -1,0 +1,140 @@
+"""Softmax attention over padded, masked or packed inputs: ``softmax(q k^T * scale + bias) v``.
+
+All forms use (B, L, H, D) for queries and (B, S, G, D) for keys and values, where G divides H (grouped and multi-query
+attention). ``reference`` is the definition; :func:`attention` picks PyTorch's fused kernel. In the packed layout it
+runs document by document, so nothing crosses a border and no product is spent on padding. A query that sees no key
+gives zeros. Cost: 2 L S H D multiply-accumulates; memory linear in length except where a bias or mask must be made,
+which happens for ``CHUNK`` queries at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from formwright.ops.attention.reference import attention_reference
+from formwright.registry import Paper, register
+
+__all__ = ["attention", "attention_reference", "packed_attention"]
+
+#: Queries handled at once where a mask or bias has to be written out.
+CHUNK = 512
+
+#: (start, stop) of queries, (start, stop) of keys -> (1 or B, 1 or H, queries, keys) added to the scores
+Bias = Callable[[slice, slice], Tensor]
+#: the same for visibility: True where a key may be seen
+Mask = Callable[[slice, slice], Tensor]
+
+
+@register(
+    "op", "attention", paper=Paper("Vaswani et al.", 2017, "1706.03762"), summary="softmax attention, padded or packed"
+)
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    mask: Mask | None = None,
+    bias: Bias | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """q (B, L, H, D), k and v (B, S, G, D) -> (B, L, H, D).
+
+    ``causal`` aligns the first query with the first key. ``mask`` and ``bias`` are asked for a block of queries and
+    keys at a time. ``window`` (only with equal positions of queries and keys) tells which keys a block can need.
+    """
+    heads, groups = q.shape[2], k.shape[2]
+    if groups != heads:
+        k = k.repeat_interleave(heads // groups, dim=2)
+        v = v.repeat_interleave(heads // groups, dim=2)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    length, total = q.shape[2], k.shape[2]
+    if length == 0 or total == 0 or q.shape[0] == 0:
+        return q.new_zeros(q.shape[0], heads, length, v.shape[-1]).transpose(1, 2)
+    if mask is None and bias is None:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal and length > 1, scale=scale)
+        return out.transpose(1, 2)
+    step = length if window is None and length <= 2 * CHUNK else CHUNK
+    pieces = []
+    for start in range(0, length, step):
+        rows = slice(start, min(start + step, length))
+        first, last = 0, total
+        if window is not None:
+            first = max(0, rows.start - window + 1)
+            last = min(total, rows.stop if causal else rows.stop + window - 1)
+        columns = slice(first, last)
+        pieces.append(
+            _block(q[:, :, rows], k[:, :, columns], v[:, :, columns], scale, causal, mask, bias, rows, columns)
+        )
+    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)).transpose(1, 2)
+
+
+def _block(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    causal: bool,
+    mask: Mask | None,
+    bias: Bias | None,
+    rows: slice,
+    columns: slice,
+) -> Tensor:
+    seen = None if mask is None else mask(rows, columns)
+    if seen is not None and seen.dim() == 3:
+        seen = seen[:, None]
+    if causal and mask is None:
+        places = torch.arange(columns.start, columns.stop, device=q.device)
+        seen = (places[None] <= torch.arange(rows.start, rows.stop, device=q.device)[:, None])[None, None]
+    if bias is None:
+        assert seen is not None
+        blind = ~seen.any(-1, keepdim=True)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen | blind, scale=scale)
+    else:
+        added = bias(rows, columns).to(q.dtype)
+        if seen is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale)
+        blind = ~seen.any(-1, keepdim=True)
+        added = added.masked_fill(~(seen | blind), float("-inf"))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale)
+    return out.masked_fill(blind, 0.0)
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Sequence[tuple[int, int]],
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    mask: Mask | None = None,
+    bias: Bias | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """The packed layout, q (1, T, H, D): each document by itself, neighbours of equal length together.
+
+    ``mask`` and ``bias`` are asked for positions inside a document.
+    """
+    out = []
+    index = 0
+    while index < len(spans):
+        start, stop = spans[index]
+        length, count = stop - start, 1
+        while index + count < len(spans) and spans[index + count][1] - spans[index + count][0] == length:
+            count += 1
+        last = start + count * length
+        if length:
+            parts = (t[0, start:last].unflatten(0, (count, length)) for t in (q, k, v))
+            piece = attention(*parts, scale=scale, causal=causal, mask=mask, bias=bias, window=window)
+            out.append(piece.reshape(1, count * length, *piece.shape[2:]))
+        index += count
+    if not out:
+        return q.new_zeros(1, 0, q.shape[2], v.shape[-1])
+    return out[0] if len(out) == 1 else torch.cat(out, dim=1)

@@ -1,0 +1,61 @@
+"""The channel mixers of a Transformer block: the two-layer perceptron and its gated form.
+
+``mlp``: down(act(up(x))), Vaswani et al., 2017. ``gated-mlp``: down(act(gate(x)) * up(x)), Shazeer, 2020
+(2002.05202), with silu it is SwiGLU. Cost: 2 (or 3) width x hidden multiply-accumulates a token.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from formwright.parts.activations import activation as activation_named
+from formwright.parts.base import Part, Traits, dropout, project
+from formwright.parts.context import Context
+from formwright.parts.linears.dense import Dense
+from formwright.registry import Paper, register
+
+
+@register("channel", "mlp", paper=Paper("Vaswani et al.", 2017, "1706.03762"))
+class MLP(Part):
+    """Slots ``up`` (hidden, W) and ``down`` (W, hidden)."""
+
+    traits = Traits(causal=True, streams=True)
+    axes = {"up": ("hidden", "stream"), "down": ("stream", "hidden")}
+    examples = ({"hidden": 48}, {"hidden": 40, "activation": "relu", "bias": False})
+
+    def __init__(
+        self, width: int, *, hidden: int, activation: str = "gelu", bias: bool = True, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.activation, self.rate = activation_named(activation), dropout
+        self.up = Dense(width, hidden, bias, "up")
+        self.down = Dense(hidden, width, bias, "down")
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        hidden = self.activation(self.up(x, ctx))
+        ctx.note("hidden", hidden)
+        return dropout(self.down(hidden, ctx), self.rate, ctx, self.training, "dropout")
+
+
+@register("channel", "gated-mlp", paper=Paper("Shazeer", 2020, "2002.05202"))
+class GatedMLP(Part):
+    """Slots ``gate`` (hidden, W), ``up`` (hidden, W) and ``down`` (W, hidden)."""
+
+    traits = Traits(causal=True, streams=True)
+    axes = {"gate": ("hidden", "stream"), "up": ("hidden", "stream"), "down": ("stream", "hidden")}
+    examples = ({"hidden": 40}, {"hidden": 24, "activation": "gelu", "bias": True})
+
+    def __init__(
+        self, width: int, *, hidden: int, activation: str = "silu", bias: bool = False, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.activation, self.rate = activation_named(activation), dropout
+        self.gate = Dense(width, hidden, bias, "gate")
+        self.up = Dense(width, hidden, bias, "up")
+        self.down = Dense(hidden, width, bias, "down")
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        gate, up = project([self.gate, self.up], x, ctx)
+        hidden = self.activation(gate) * up
+        ctx.note("hidden", hidden)
+        return dropout(self.down(hidden, ctx), self.rate, ctx, self.training, "dropout")

@@ -1,0 +1,79 @@
+"""From plain data to modules: look the name up, check every option against the constructor, construct.
+
+Every complaint names the place in the spec, the option and the nearest known one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from formwright import registry
+from formwright.kit.errors import FormwrightError, SpecError, nearest
+
+
+def options_of(target: Any) -> dict[str, inspect.Parameter]:
+    """The options a registered class takes besides its width."""
+    signature = inspect.signature(target)
+    return {n: p for n, p in signature.parameters.items() if n not in ("self", "width", "in_width", "site")}
+
+
+def construct(target: Any, name: str, width: int, options: Mapping[str, Any]) -> Any:
+    """``target(width, **options)`` after checking names, presence and types of all options at once."""
+    from pydantic import PydanticUserError, TypeAdapter, ValidationError
+
+    known = options_of(target)
+    problems = []
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    values = {}
+    for key, value in options.items():
+        if key not in known:
+            problems.append(
+                f"{name}: unknown option {key!r}{nearest(key, known)} (options: {', '.join(known) or 'none'})"
+            )
+            continue
+        values[key] = value
+        if key in hints:
+            try:
+                values[key] = TypeAdapter(hints[key]).validate_python(value)
+            except ValidationError as error:
+                problems.append(f"{name}: option {key}={value!r}: {error.errors()[0]['msg']}")
+            except PydanticUserError:
+                pass
+    for key, parameter in known.items():
+        if parameter.default is inspect.Parameter.empty and key not in options:
+            problems.append(f"{name}: option {key!r} is missing")
+    if problems:
+        raise SpecError("\n".join(problems))
+    try:
+        return target(width, **values)
+    except FormwrightError as error:
+        raise type(error)(f"{name}: {error}") from None
+
+
+def _node(node: Mapping[str, Any] | str, what: str) -> tuple[str, dict[str, Any]]:
+    if isinstance(node, str):
+        return node, {}
+    if not isinstance(node, Mapping) or not isinstance(node.get("part"), str):
+        raise SpecError(f"{what} must be a name or {{'part': NAME, ...}}, not {node!r}")
+    return node["part"], {key: value for key, value in node.items() if key != "part"}
+
+
+def make(kind: str, node: Mapping[str, Any] | str, width: int) -> Any:
+    """A module of ``kind`` (norm, combine, stem, head, conditioner, reshape ...) from ``{"part": NAME, options}``."""
+    name, options = _node(node, kind)
+    return construct(registry.resolve(kind, name), name, width, options)
+
+
+def make_part(node: Mapping[str, Any] | str, width: int) -> Any:
+    """A part of a layer list (mixer, channel or combinator) from ``{"part": NAME, options}``."""
+    name, options = _node(node, "a part")
+    target = registry.resolve_layer(name)
+    part = construct(target, name, width, options)
+    if not isinstance(part, nn.Module):
+        raise SpecError(f"{name} is a {type(part).__name__}, not a part")
+    return part

@@ -1,0 +1,316 @@
+"""Softmax attention: every token reads the others by similarity of query and key.
+
+``o(concat_h softmax(q_h k_h^T * scale + bias) v_h)`` with multi-head, grouped and multi-query forms, rules of
+visibility (causal, window, prefix, segments), rotary, ALiBi or bucketed distances, normalised queries and keys, and
+cross-attention to another tower. Vaswani et al., 2017 (1706.03762); grouped queries: Ainslie et al., 2023
+(2305.13245). Cost: 4 width^2 multiply-accumulates a token (fewer with grouped keys) and 2 L width a query over L keys.
+State: keys and values of every token seen, or of the last ``window``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from formwright.kit.errors import SpecError, unknown
+from formwright.ops.attention import attention, attention_reference, packed_attention
+from formwright.parts.base import Cost, Part, Shape, Slot, Traits, cost_sum, costed, dropout, project
+from formwright.parts.context import EMPTY, Context, Visible
+from formwright.parts.linears.dense import Dense
+from formwright.parts.norms.norms import LayerNorm, RMSNorm
+from formwright.parts.positions import alibi_slopes, check_rotary, rotary_angles, rotate
+from formwright.registry import Paper, register
+
+DISTANCES = ("alibi", "relative")
+
+
+@register("mixer", "attention", paper=Paper("Vaswani et al.", 2017, "1706.03762"))
+class Attention(Part):
+    """Slots ``q`` (heads*head_width, W), ``k``, ``v`` (kv_heads*head_width, W) and ``o`` (W, heads*head_width).
+
+    Args:
+        heads, kv_heads, head_width: ``kv_heads`` divides ``heads`` (1: multi-query); head_width defaults to W / heads.
+        causal, window: see :class:`~formwright.parts.context.Visible`; rules of the context are added.
+        bias, out_bias: biases of q, k, v, and of o (default: as ``bias``).
+        rotary: {"theta", "width", "interleaved", "scaling": {"kind", ...}}.
+        distance: {"kind": "alibi"} or {"kind": "relative", "table": name of the conditioner that holds it}.
+        qk_norm: "rmsnorm" or "layernorm" over each head's entries, before rotary.
+        scale: of the scores; default head_width ** -0.5.
+        memory: name of the tower to cross-attend, with ``memory_width`` (default W).
+        dropout: rate on the output of ``o`` while training.
+    """
+
+    examples = (
+        {"heads": 4},
+        {"heads": 4, "causal": True, "rotary": {}},
+        {"heads": 4, "kv_heads": 1, "causal": True, "window": 5, "distance": {"kind": "alibi"}},
+        {"heads": 4, "kv_heads": 2, "head_width": 4, "qk_norm": "rmsnorm", "window": 3, "bias": False},
+        {
+            "heads": 2,
+            "causal": True,
+            "rotary": {"width": 8, "interleaved": True, "scaling": {"kind": "linear", "factor": 2.0}},
+            "qk_norm": "layernorm",
+        },
+    )
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        heads: int,
+        kv_heads: int | None = None,
+        head_width: int | None = None,
+        causal: bool = False,
+        window: int | None = None,
+        bias: bool = True,
+        out_bias: bool | None = None,
+        rotary: dict[str, Any] | None = None,
+        distance: dict[str, Any] | None = None,
+        qk_norm: Literal["rmsnorm", "layernorm"] | None = None,
+        qk_norm_eps: float = 1e-6,
+        scale: float | None = None,
+        memory: str | None = None,
+        memory_width: int | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        if heads < 1 or kv_heads < 1 or heads % kv_heads:
+            raise SpecError(f"kv_heads={kv_heads} must divide heads={heads}")
+        if head_width is None and width % heads:
+            raise SpecError(f"heads={heads} does not divide width {width}; give head_width")
+        if window is not None and window < 1:
+            raise SpecError(f"window={window} must be at least 1")
+        if rotary is not None:
+            check_rotary(rotary)
+        if distance is not None and distance.get("kind") not in DISTANCES:
+            raise SpecError(unknown("distance", str(distance.get("kind")), DISTANCES))
+        head = width // heads if head_width is None else head_width
+        self.head_width, self.scale, self.rate, self.memory = head, scale, dropout, memory
+        self.rule = Visible(causal=causal, window=window)
+        self.rotary, self.distance = rotary, distance
+        source = width if memory_width is None else memory_width
+        self.q = Dense(width, heads * head, bias, "q")
+        self.k = Dense(source, kv_heads * head, bias, "k")
+        self.v = Dense(source, kv_heads * head, bias, "v")
+        self.o = Dense(heads * head, width, bias if out_bias is None else out_bias, "o")
+        norm = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+        self.q_norm = norm[qk_norm](head, qk_norm_eps) if qk_norm else None
+        self.k_norm = norm[qk_norm](head, qk_norm_eps) if qk_norm else None
+        streams = causal or memory is not None
+        self.traits = Traits(causal=streams, streams=streams)
+        self.axes = {
+            "q": ("heads*head", "stream"),
+            "k": ("kv_heads*head", "memory" if memory else "stream"),
+            "v": ("kv_heads*head", "memory" if memory else "stream"),
+            "o": ("stream", "heads*head"),
+        }
+        if memory is not None:
+            self.reads = (memory,)
+        elif distance is not None and distance["kind"] == "relative":
+            self.reads = (distance.get("table", "relative-bias"),)
+
+    @property
+    def heads(self) -> int:
+        return self.q.out_features // self.head_width
+
+    @property
+    def kv_heads(self) -> int:
+        return self.k.out_features // self.head_width
+
+    def slots(self) -> dict[str, Slot]:
+        shape = (self.kv_heads, self.head_width)
+        if self.memory is not None:
+            return {"k": Slot("fixed", shape), "v": Slot("fixed", shape)}
+        if not self.rule.causal:
+            return {}
+        kind: Literal["window", "grow"] = "grow" if self.rule.window is None else "window"
+        return {name: Slot(kind, shape, window=self.rule.window) for name in ("k", "v")}
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        if self.memory is not None:
+            return self._finish(self._cross(x, ctx), ctx)
+        q, k, v = (t.unflatten(-1, (-1, self.head_width)) for t in project([self.q, self.k, self.v], x, ctx))
+        q, k = self._prepare(q, k, x, ctx)
+        rule = self.rule & ctx.visible
+        if ctx.offsets is not None:
+            return self._finish(self._packed(q, k, v, rule, ctx), ctx)
+        return self._finish(self._padded(q, k, v, x, rule, ctx), ctx)
+
+    def _prepare(self, q: Tensor, k: Tensor, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary is not None:
+            width = self.rotary.get("width") or self.head_width
+            cos, sin = rotary_angles(ctx.place(x), width, self.rotary, q.dtype)
+            interleaved = bool(self.rotary.get("interleaved"))
+            q, k = rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
+        return q, k
+
+    def _bias(self, ctx: Context, queries: Tensor, keys: Tensor):
+        """A function of two slices giving the additive bias, or None. Positions (B or 1, L)."""
+        if self.distance is None:
+            return None
+        if self.distance["kind"] == "alibi":
+            slopes = alibi_slopes(self.heads).to(queries.device)[None, :, None, None]
+
+            def alibi(rows: slice, columns: slice) -> Tensor:
+                gap = keys[:, None, None, columns] - queries[:, None, rows, None]
+                return slopes * -gap.abs()
+
+            return alibi
+        name = self.distance.get("table", "relative-bias")
+        if name not in ctx.condition:
+            raise SpecError(f"{ctx.path}: attention reads condition {name!r}, which no conditioner of this model fills")
+        table = ctx.condition[name]  # (heads, 2R - 1): one value per distance -R+1 .. R-1
+        reach = (table.shape[1] + 1) // 2
+
+        def relative(rows: slice, columns: slice) -> Tensor:
+            gap = keys[:, None, columns] - queries[:, rows, None]
+            return table[:, gap + reach - 1].transpose(0, 1)
+
+        return relative
+
+    def _packed(self, q: Tensor, k: Tensor, v: Tensor, rule: Visible, ctx: Context) -> Tensor:
+        spans = ctx.spans()
+        longest = max((stop - start for start, stop in spans), default=0)
+        steps = torch.arange(longest, device=q.device)[None]
+        if rule.segments is not None or isinstance(rule.prefix, Tensor):
+            raise SpecError(f"{ctx.path}: rules of segments and per-row prefixes need the padded layout")
+        mask = None
+        if not rule.simple:
+
+            def mask(rows: slice, columns: slice) -> Tensor:
+                return rule.mask(steps[:, rows], steps[:, columns])
+
+        bias = self._bias(ctx, steps, steps)
+        if ctx.wants("probs"):
+            ctx.note("probs", self._block_diagonal(q, k, v, spans, rule, ctx))
+        free = rule.prefix is None and rule.context is None
+        return packed_attention(
+            q,
+            k,
+            v,
+            spans,
+            scale=self.scale,
+            causal=rule.causal and free,
+            mask=mask,
+            bias=bias,
+            window=rule.window if free else None,
+        )
+
+    def _block_diagonal(self, q, k, v, spans, rule: Visible, ctx: Context) -> Tensor:
+        """(1, H, T, T) probabilities of a packed batch, zero across borders; only for who asked to look."""
+        out = q.new_zeros(1, q.shape[2], q.shape[1], q.shape[1])
+        for start, stop in spans:
+            steps = torch.arange(stop - start, device=q.device)[None]
+            bias = self._bias(ctx, steps, steps)
+            whole = slice(0, stop - start)
+            _, probs = attention_reference(
+                q[:, start:stop],
+                k[:, start:stop],
+                v[:, start:stop],
+                scale=self.scale,
+                seen=rule.mask(steps, steps),
+                bias=None if bias is None else bias(whole, whole),
+            )
+            out[:, :, start:stop, start:stop] = probs
+        return out
+
+    def _padded(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rule: Visible, ctx: Context) -> Tensor:
+        places = ctx.place(x)
+        started = ctx.state is not None and not ctx.state.fresh
+        keys = torch.where(ctx.valid(x), places, -1) if ctx.lengths is not None else places
+        if ctx.state is not None and self.slots():
+            all_k, all_places = ctx.append("k", k, rule.window)
+            all_v, _ = ctx.append("v", v, rule.window)
+            if started:  # a first call sees only its own tokens, which need no mask beyond the rule
+                k, v, keys = all_k, all_v, all_places
+        plain = rule.simple and not started and self.distance is None
+        if ctx.wants("probs"):
+            whole, bias = slice(None), self._bias(ctx, places, keys)
+            segments = rule.segments
+            _, probs = attention_reference(
+                q,
+                k,
+                v,
+                scale=self.scale,
+                seen=rule.mask(places, keys, segments, segments),
+                bias=None if bias is None else bias(whole, whole),
+            )
+            ctx.note("probs", probs)
+        if plain and (rule.causal or ctx.lengths is None):
+            # Causal with padding on the right: a real query never reaches a padded key.
+            return attention(q, k, v, scale=self.scale, causal=rule.causal)
+        if plain:
+            seen = ctx.valid(x)[:, None]
+            return attention(q, k, v, scale=self.scale, mask=lambda rows, columns: seen[:, :, columns])
+
+        def mask(rows: slice, columns: slice) -> Tensor:
+            segments = rule.segments
+            return rule.mask(
+                places[:, rows],
+                keys[:, columns],
+                None if segments is None else segments[:, rows],
+                None if segments is None else segments[:, columns],
+            )
+
+        near = rule.window is not None and rule.prefix is None and rule.context is None and not started
+        return attention(
+            q,
+            k,
+            v,
+            scale=self.scale,
+            causal=rule.causal,
+            mask=mask,
+            bias=self._bias(ctx, places, keys),
+            window=rule.window if near and ctx.positions is None else None,
+        )
+
+    def _cross(self, x: Tensor, ctx: Context) -> Tensor:
+        assert self.memory is not None
+        if self.memory not in ctx.memory:
+            raise SpecError(f"{ctx.path}: cross-attention reads memory {self.memory!r}, which this call does not carry")
+        memory = ctx.memory[self.memory]
+        q = self.q(x, ctx).unflatten(-1, (-1, self.head_width))
+
+        def made(slot) -> Tensor:
+            return slot(memory.x, ctx).unflatten(-1, (-1, self.head_width))
+
+        k, v = ctx.slot("k", lambda: made(self.k)), ctx.slot("v", lambda: made(self.v))
+        ctx.keep("k", k)
+        ctx.keep("v", v)
+        if ctx.offsets is not None:
+            raise SpecError(f"{ctx.path}: cross-attention needs the padded layout")
+        if ctx.wants("probs"):
+            seen = None
+            if memory.lengths is not None:
+                seen = (torch.arange(k.shape[1], device=x.device)[None] < memory.lengths[:, None])[:, None]
+                seen = seen.expand(-1, q.shape[1], -1)
+            ctx.note("probs", attention_reference(q, k, v, scale=self.scale, seen=seen)[1])
+        if memory.lengths is None:
+            return attention(q, k, v, scale=self.scale)
+        seen = (torch.arange(k.shape[1], device=x.device)[None] < memory.lengths[:, None])[:, None]
+        return attention(q, k, v, scale=self.scale, mask=lambda rows, columns: seen[:, :, columns])
+
+    def _finish(self, out: Tensor, ctx: Context) -> Tensor:
+        return dropout(self.o(out.flatten(2), ctx), self.rate, ctx, self.training, "dropout")
+
+    def cost(self, shape: Shape, knobs: Mapping[str, Any] = EMPTY) -> Cost:
+        per_key = 2 * self.heads * self.head_width
+        total = cost_sum([child.cost(shape) for _, child in costed(self)])
+        if self.memory is not None:
+            rows = len(shape.lengths)
+            source = Shape.full(rows, shape.memory)
+            total = cost_sum([s.cost(shape) for s in (self.q, self.o)] + [s.cost(source) for s in (self.k, self.v)])
+            kept = 2 * rows * shape.memory * self.kv_heads * self.head_width
+            return total + Cost(0, per_key * shape.tokens * shape.memory, kept * 4)
+        pairs = sum(length * (length + shape.past) for length in shape.lengths)
+        kept_tokens = sum(length + shape.past for length in shape.lengths)
+        if self.rule.window is not None:
+            kept_tokens = sum(min(length + shape.past, self.rule.window) for length in shape.lengths)
+        state = 2 * kept_tokens * self.kv_heads * self.head_width * 4 if self.slots() else 0
+        return total + Cost(0, per_key * pairs, state)
