@@ -13,6 +13,8 @@ importing them); files that the index does not know yet, such as one just added,
 from __future__ import annotations
 
 import ast
+import contextlib
+import contextvars
 import functools
 import hashlib
 import importlib
@@ -20,7 +22,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -233,13 +235,42 @@ def is_path(name: str) -> bool:
     return path.endswith(".py") and bool(attribute)
 
 
+#: The only plug-in files that may be imported while data is being read; None: any that the user names.
+_only: contextvars.ContextVar[tuple[Path, ...] | None] = contextvars.ContextVar("_only", default=None)
+
+
+@contextlib.contextmanager
+def only_plugins(files: Iterable[str | Path] = ()) -> Iterator[None]:
+    """Inside, ``FILE.py:NAME`` finds a file of that name among ``files`` and no other: data never imports code."""
+    token = _only.set(tuple(Path(file).expanduser().resolve() for file in files))
+    try:
+        yield
+    finally:
+        _only.reset(token)
+
+
+def _permitted(file: Path) -> Path:
+    """``file`` itself where nothing is restricted or it is imported already, else the permitted file of its name."""
+    only = _only.get()
+    if only is None or _module_name(file) in sys.modules:
+        return file
+    for permitted in only:
+        if permitted.name == file.name:
+            return permitted
+    raise SpecError(f"needs plug-in {file.name}: load with --plugin {file.name} (in Python plugin={file.name!r})")
+
+
+def _module_name(file: Path) -> str:
+    return f"formwright_plugin_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+
+
 def load_plugin(name: str) -> Any:
     """Import ``FILE.py`` (or ``FILE.py:NAME``, then its attribute). The user asked for this code by its path."""
     path, attribute = (name, "") if name.endswith(".py") else name.rpartition(":")[::2]
-    file = Path(path).expanduser().resolve()
+    file = _permitted(Path(path).expanduser().resolve())
     if not file.is_file():
         raise SpecError(f"plug-in file {path} does not exist")
-    module_name = f"formwright_plugin_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+    module_name = _module_name(file)
     module = sys.modules.get(module_name)
     if module is None:
         spec = importlib.util.spec_from_file_location(module_name, file)

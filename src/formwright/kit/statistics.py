@@ -3,7 +3,7 @@
 ``kept`` is candidate / original (original / candidate where lower is better), above chance where a chance level exists.
 Two models scored on the same items share most of their noise, so the items are resampled together (Efron and
 Tibshirani, An Introduction to the Bootstrap, 1993; Koehn, 2004, for the paired form) and the bound is the 5 % point of
-the resampled ratios. Cost: 2,000 resamples of n items; 0.05 s at n = 1,500 where the metric is a mean.
+the resampled ratios. Cost: 2,000 resamples of n items; 0.06 s at n = 1,500 where the metric is a mean.
 
 Everything here is numpy. A *score* is any object with ``value`` and ``per_item`` (array or CPU tensor of n numbers),
 and a *resampled* function computes the metric on resampled items: ``resampled(score, index) -> float``; ``None`` stands

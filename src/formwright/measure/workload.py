@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +54,7 @@ def workload(model: Any, shape: str | None = None, *, task: Any = None, seed: in
     found = PATTERN.fullmatch(shape)
     if not found:
         raise SpecError(
-            f"shape {shape!r} is none of encode:BATCHxLENGTH, encode:BATCHxnatural, prefill:BATCHxLENGTH, decode:BATCHxLENGTH"
+            f"shape {shape!r} is none of encode:ROWSxLENGTH, encode:ROWSxnatural, prefill:ROWSxLENGTH, decode:ROWSxLENGTH"
         )
     kind, rows, length = found[1], int(found[2]), found[3]
     if rows < 1:
@@ -109,22 +110,18 @@ def _decode(model: Any, shape: str, batch: Batch, rows: int, past: int) -> Workl
     if not model.streams:
         raise Refusal(f"shape {shape!r} needs a model that streams; this one does not")
     tokens = batch.inputs["tokens"]
-    with torch.inference_mode():
-        state = State(rows, model.device)
-        model(batch, state=state)
+    states: weakref.WeakKeyDictionary[Any, State] = weakref.WeakKeyDictionary()
 
     def run(model: Any) -> object:
         # Each contender has its own state, since a dropped layer remembers nothing.
-        own = states.setdefault(id(model), None)
         with torch.inference_mode():
+            own = states.get(model)
             if own is None:
-                own = State(rows, model.device)
+                own = states[model] = State(rows, model.device)
                 model(batch, state=own)
-                states[id(model)] = own
             stream = own.fork()
             for _ in range(STEPS):
                 out = model(tokens[:, -1:], state=stream)
         return out
 
-    states: dict[int, Any] = {id(model): state}
     return Workload(shape, run, rows * STEPS, Shape.full(rows, 1, past), "token")

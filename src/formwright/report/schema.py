@@ -17,37 +17,38 @@ import numbers
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Strict, TypeAdapter, ValidationError
 
 from formwright.kit.errors import SpecError, unknown
 
 
 def _finite(value: Any) -> Any:
-    """Any real number (NumPy's too) as int or float, NaN and infinities as None; the rest is left to be refused."""
-    if isinstance(value, bool):
-        return "a truth value"  # bool is an int in Python; as a measurement it is a mistake
+    """Any real number (NumPy's too) as int or float; NaN and infinities as None."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # bool is an int in Python; here it is a mistake
+        raise ValueError(f"a number or null is wanted, not {value!r}")
     if isinstance(value, numbers.Integral):
         return int(value)
-    if isinstance(value, numbers.Real):
-        return float(value) if math.isfinite(value) else None
-    return value
+    return float(value) if math.isfinite(value) else None
 
 
 Number = Annotated[float | None, BeforeValidator(_finite)]
 Count = Annotated[int | None, BeforeValidator(_finite)]
-_STRICT = ConfigDict(strict=True, extra="forbid")
+Flag = Annotated[bool, Strict()]
+_CLOSED = ConfigDict(extra="forbid")
 
 
 @dataclass
 class Task:
     """What quality was measured on. ``chance`` is the score of guessing, where there is one."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = _CLOSED
     name: str
     metric: str
-    higher_is_better: bool = True
+    higher_is_better: Flag = True
     fingerprint: str = ""
-    splits: dict[str, int] = field(default_factory=dict)
+    splits: dict[str, Count] = field(default_factory=dict)
     chance: Number = None
 
 
@@ -55,7 +56,7 @@ class Task:
 class Machine:
     """Where times were taken. ``load`` is the load average during the run."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = _CLOSED
     cpu: str = ""
     cores: Count = None
     threads: Count = None
@@ -71,7 +72,7 @@ class Machine:
 class Point:
     """One measured model of the printed front."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = _CLOSED
     name: str
     quality: Number = None
     kept: Number = None
@@ -79,7 +80,7 @@ class Point:
     select: Number = None
     ms: Number = None
     ms_spread: Number = None  # (max - min) / min over the repeats
-    noisy: bool = False
+    noisy: Flag = False
     speed: Number = None
     bytes: Count = None
     parameters: Count = None
@@ -87,9 +88,9 @@ class Point:
     cosine: Number = None  # mean cosine to the original's outputs
     history: list[str] = field(default_factory=list)
     history_words: list[str] = field(default_factory=list)
-    on_front: bool = False
-    written: bool = False
-    accepted: bool = True
+    on_front: Flag = False
+    written: Flag = False
+    accepted: Flag = True
     reproduce: str | None = None
 
 
@@ -97,14 +98,14 @@ class Point:
 class Candidate:
     """One model the search tried; ``quality`` is on the select split."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = _CLOSED
     quality: Number = None
     ms: Number = None
     bytes: Count = None
     parameters: Count = None
     macs: Number = None
     label: str = ""
-    accepted: bool = False
+    accepted: Flag = False
 
 
 # What may be made smaller: the field it is read from, the axis title, and the word for "n times ..."
@@ -122,7 +123,7 @@ TARGETS: dict[str, tuple[str, str, str]] = {
 class Front:
     """A whole result. ``out``, ``resume`` and ``files`` say where it was written and how the run goes on."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = _CLOSED
     model: str
     task: Task
     points: list[Point]

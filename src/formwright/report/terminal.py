@@ -21,8 +21,8 @@ _STYLES = {"certified": "green", "accepted": "green", "below keep": "yellow", "m
 
 
 def table(front: Front, width: int = 100, color: bool = False) -> str:
-    """The lines of a finished search, each at most ``width`` (40 or more) cells wide; ``color`` adds ANSI codes."""
-    width = max(width, 40)
+    """The lines of a finished search, each at most ``width`` (60 or more) cells wide; ``color`` adds ANSI codes."""
+    width = max(width, 60)
     out = io.StringIO()
     console = Console(
         file=out, width=width, force_terminal=color, color_system="standard" if color else None, no_color=not color,
@@ -124,18 +124,19 @@ def _flow(pieces: list[str], width: int, margin: str = _MARGIN, style: str = "")
 
 def _wrap(pieces: list[str], width: int) -> list[str]:
     lines: list[str] = []
+    room = width - 2  # for the dot that says that more follows
     for piece in pieces:
-        for n, word in enumerate([piece] if cell_len(piece) <= width else piece.split(" ")):
+        for n, word in enumerate([piece] if cell_len(piece) <= room else piece.split(" ")):
             joint = " " if n else " · "
-            if lines and cell_len(lines[-1] + joint + word) <= width:
+            if lines and cell_len(lines[-1] + joint + word) <= room:
                 lines[-1] += joint + word
-            else:
-                lines.append(_clip(word, width))
+                continue
+            if lines and not n:
+                lines[-1] += " ·"
+            lines.append(_clip(word, room))
     return lines
 
 
 def _clip(text: str, width: int) -> str:
     text = " ".join(text.split("\n"))
     return text if cell_len(text) <= width else set_cell_size(text, max(width - 1, 0)) + "…"
-
-

@@ -156,7 +156,10 @@ VERDICTS = {
 
 
 def splits(front: Front) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in front.task.splits.items()) or NONE
+    return (
+        ", ".join(f"{name} {count:,}" if count is not None else name for name, count in front.task.splits.items())
+        or NONE
+    )
 
 
 def machine(front: Front) -> list[str]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from formwright import registry
 from formwright.kit.errors import Refusal, SpecError, nearest
 from formwright.models.model import Entry
+from formwright.parts.base import LinearLike
 from formwright.parts.context import keyed_generator
 
 #: {id or slot address: the old module}, what a surgery took out.
@@ -56,6 +57,11 @@ class Plan:
         known = ("surgery", "version", "options", "decisions", "fingerprint")
         problems = [f"plan: unknown key {key!r}{nearest(key, known)}" for key in data if key not in known]
         problems += [f"plan: key {key!r} is missing" for key in known[:2] if key not in data]
+        problems += [
+            f"plan: {key!r} must be an object, not {data[key]!r}"
+            for key in ("options", "decisions")
+            if not isinstance(data.get(key, {}), Mapping)
+        ]
         if problems:
             raise SpecError("\n".join(problems))
         return cls(**data, tensors=tensors or {})
@@ -80,7 +86,8 @@ class Promises:
 
     preserves_function: greatest relative change of the outputs when applied, or None for no promise. undo: may be
     undone after loading too (additive), without kept modules. mergeable: can be folded into plain weights.
-    trains_only: parameter-name prefixes that stay trainable, or None for unchanged. needs: what ``plan`` must be given.
+    trains_only: shell-style patterns of the parameter names that stay trainable, or None for unchanged. needs: what
+    ``plan`` must be given (``"evidence"``).
     """
 
     preserves_function: float | None = None
@@ -104,13 +111,15 @@ class Surgery:
     """One registered surgery. Subclasses give ``plan``, ``reshape`` and ``fill``; the rest has defaults.
 
     ``version`` rises when decisions change their meaning; every released ``reshape`` must replay its old plans.
-    ``examples`` are option sets (with tiny sizes) for the conformance tests and the composition matrix.
+    ``examples`` are option sets (with tiny sizes) for the conformance tests and the composition matrix; ``after``
+    names a surgery without which there is nothing for this one to do, so the tests carry that one out first.
     """
 
     name: ClassVar[str] = ""
     version: ClassVar[int] = 1
     family: ClassVar[str] = ""
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+    after: ClassVar[str] = ""
 
     def plan(self, model: Any, evidence: Any = None, **options: Any) -> Plan:
         """Decide. Checks names, shapes, order and memory first and raises all refusals at once."""
@@ -118,6 +127,9 @@ class Surgery:
 
     def promises(self, plan: Plan) -> Promises:
         return Promises()
+
+    def check(self, model: Any, plan: Plan) -> None:
+        """Everything that would make ``reshape`` or ``fill`` stumble, said before any work; plans may be edited."""
 
     def reshape(self, model: Any, plan: Plan) -> Displaced:
         """Change the structure by ``plan.decisions`` alone; must run on the meta device. Returns what was taken out."""
@@ -142,14 +154,29 @@ class Surgery:
         """The plan in one sentence, for reports and model cards."""
         return f"{plan.surgery} {json.dumps(plan.options)}" if plan.options else plan.surgery
 
+    def short(self, plan: Plan) -> str:
+        """The plan in a word or two, for tables."""
+        return plan.surgery
+
+    def precision_moves(self, model: Any, target: str) -> list[dict[str, Any]]:
+        """Option sets that a search may try last, without training, to make ``target`` (latency, size, macs, memory)
+        cheaper; empty for surgeries that need healing or do something else."""
+        return []
+
     def made(self, model: Any, options: dict[str, Any], decisions: dict[str, Any], **tensors: Tensor) -> Plan:
         """A plan for ``model`` with this surgery's name and version."""
         return Plan(self.name, self.version, options, decisions, tensors, layout_fingerprint(model))
 
 
 def layout_fingerprint(model: Any) -> str:
-    """A short hash of what the model is now."""
-    return hashlib.sha256(json.dumps(model.layout(), sort_keys=True).encode()).hexdigest()[:16]
+    """A short hash of what the model's layers are now: ids, kinds and sizes. Heads do not count: they come and go."""
+    items = {item.id for item in model.walk()}
+    sizes = {
+        address: (slot.out_features, slot.in_features)
+        for address, slot in model.slots().items()
+        if address.rpartition("/")[2].partition(":")[0] in items
+    }
+    return hashlib.sha256(json.dumps([model.layout(), sizes], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def surgery(name: str) -> Surgery:
@@ -188,6 +215,7 @@ def apply(
         raise Refusal(
             f"this plan of {decided.surgery} was made for a model laid out otherwise; make a new plan for this one"
         )
+    by.check(model, decided)
     displaced = by.reshape(model, decided)
     kept = dict(displaced) if keep_undo else None
     with torch.no_grad():
@@ -241,14 +269,16 @@ def replay(model: Any, entry: Entry) -> None:
 
 
 def copy(model: Any, share: bool = False) -> Any:
-    """An independent model. With ``share`` the structure is copied but the tensors are the same ones, which is cheap
-    and right for trying structural surgeries."""
+    """An independent model. With ``share`` the structure is copied but the values are the same memory, which is cheap
+    and right for trying structural surgeries; what may train is each copy's own."""
     memo: dict[int, Any] = {}
     for kept in (getattr(model, "tokenizer", None), *model.history):
         memo[id(kept)] = kept
     if share:
-        for tensor in (*model.parameters(), *model.buffers()):
-            memo[id(tensor)] = tensor
+        for parameter in model.parameters():
+            memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+        for buffer in model.buffers():
+            memo[id(buffer)] = buffer
     return copying.deepcopy(model, memo)
 
 
@@ -289,6 +319,25 @@ def chosen_slots(model: Any, where: Sequence[str] | str | None, default: Sequenc
     if problems:
         raise SpecError("\n".join(problems))
     return [address for address in known if address in found]
+
+
+def core(slot: LinearLike) -> LinearLike:
+    """What a slot holds below its wrappers."""
+    while isinstance(getattr(slot, "base", None), LinearLike):
+        slot = slot.base  # type: ignore[assignment]
+    return slot
+
+
+def set_core(model: Any, address: str, module: LinearLike) -> LinearLike:
+    """Put ``module`` below the wrappers of a slot (or into the slot, where there are none); returns what it replaces."""
+    slot = model.slot(address)
+    below = core(slot)
+    if below is slot:
+        return model.set_slot(address, module)
+    while slot.base is not below:
+        slot = slot.base
+    slot.base = module
+    return below
 
 
 def check_options(name: str, options: Mapping[str, Any], known: Sequence[str]) -> None:

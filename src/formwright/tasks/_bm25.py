@@ -4,7 +4,7 @@
     idf(t) = ln(1 + (N - df(t) + 0.5) / (df(t) + 0.5))
 
 Tokens are identifier-aware: ``readCSV_file`` gives ``read csv file``. Cost: one pass over the documents, then one
-vector addition per query term; 1,500 queries against 1,500 documents take about 0.2 s.
+vector addition per query term; 1,500 queries against 1,500 documents take about 0.4 s.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from collections.abc import Sequence
 import numpy as np
 
 K1, B = 1.5, 0.75
-_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\d_A-Z]+|\d+")
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+_WORD = re.compile(r"[^\W\d_]+|\d+")
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words of a text, identifiers split at underscores, digits and capitals."""
-    return [word.casefold() for word in _WORD.findall(text)]
+    """Case-folded words of a text, identifiers split at underscores, digits and capitals."""
+    return [word.casefold() for word in _WORD.findall(_CAMEL.sub(" ", text))]
 
 
 class BM25:

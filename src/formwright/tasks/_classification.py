@@ -149,40 +149,42 @@ class TextClassification(Classifying):
         self._limit: int | None = None
         self._classes = {label: index for index, label in enumerate(self.labels)}
         self._matched: list[str] = []
-        self._ids: dict[str, list[list[int]]] = {}
+        self._ids: dict[str, tuple[list[list[int]], list[list[int]] | None]] = {}
 
     def bind(self, model: Any) -> None:
         """Tokenizer, limit and labels of a classifier; DataError for a model without a classifier head."""
         tokenizer = _encoding.tokenizer_of(model, self.name)
-        names = getattr(model, "labels", None)
+        names = _encoding.classes_of(model)
         if not names:
             who = _encoding.model_name(model)
             raise DataError(
                 f"{self.name} needs a classifier head; {who} has none. Train one first: "
                 f"formwright train {who} --task classification --data {self.name} --out DIR"
             )
-        self._classes, self._matched = match_labels(self.name, self.labels, list(names), self.labels_by_index)
-        self._tokenizer, self._limit, self._ids = tokenizer, getattr(model, "max_length", None), {}
+        self._classes, self._matched = match_labels(self.name, self.labels, names, self.labels_by_index)
+        self._tokenizer, self._limit, self._ids = tokenizer, _encoding.limit_of(model), {}
         self._width = len(names)
 
-    def _encode(self, rows: Sequence[Row]) -> list[list[int]]:
+    def _encode(self, rows: Sequence[Row]) -> tuple[list[list[int]], list[list[int]] | None]:
+        """Ids of the rows, and for pairs which text each token is of, where the tokenizer says so."""
         if self._tokenizer is None:
             raise DataError(f"task {self.name} is not bound to a model: call task.bind(model) first")
-        if not rows:
-            return []
-        pairs = [row.pair or "" for row in rows] if rows[0].pair is not None else None
-        return self._tokenizer.encode([row.text for row in rows], pairs, max_length=self._limit)
+        texts = [row.text for row in rows]
+        if rows[0].pair is None:
+            return self._tokenizer.encode(texts, max_length=self._limit), None
+        pairs = [row.pair or "" for row in rows]
+        ids = self._tokenizer.encode(texts, pairs, max_length=self._limit)
+        known = hasattr(self._tokenizer, "types")
+        return ids, self._tokenizer.types(texts, pairs, self._limit) if known else None
 
     def score(self, view: View, split: str) -> Score:
         """The metric; ``per_item`` is 1 for right rows, ``curves`` hold predicted and target class numbers."""
         rows = self.parts[self.check_split(split)]
         if split not in self._ids:
             self._ids[split] = self._encode(rows)
+        ids, types = self._ids[split]
         predicted = _encoding.in_order(
-            self._ids[split],
-            self._tokenizer.pad_id,
-            self.rows,
-            lambda batch: self.predict(view, batch, self._width),
+            ids, self._tokenizer.pad_id, self.rows, lambda batch: self.predict(view, batch, self._width), types
         )
         return classification_score(self.metric, predicted, self._targets(rows))
 
@@ -192,7 +194,8 @@ class TextClassification(Classifying):
     def batches(self, split: str, *, seed: int, budget: int, policy: Any = None) -> Iterator[Batch]:
         """Token batches with ``targets["label"]`` (B,) in the model's class numbers."""
         for rows in epochs(self.parts[self.check_split(split)], self.rows, seed=seed, budget=budget):
-            batch = _encoding.token_batch(self._encode(rows), self._tokenizer.pad_id)
+            ids, types = self._encode(rows)
+            batch = _encoding.token_batch(ids, self._tokenizer.pad_id, types=types)
             yield batch.replace(targets={"label": self._targets(rows)})
 
     def baselines(self, split: str) -> Mapping[str, Score]:

@@ -62,11 +62,11 @@ def pieces(text: str, most: int = PIECE) -> list[str]:
 def windows(tokenizer: Any, text: str, length: int) -> list[Window]:
     """Non-overlapping windows of at most ``length`` predicted tokens; the token before a window opens it.
 
-    A tokenizer with a ``bos_id`` opens the text with it, so that the first token is predicted too.
+    A tokenizer with a ``start_id`` opens the text with it, so that the first token is predicted too.
     """
     ids, spans = tokenizer.offsets(text)
     ends = [end for _, end in spans]
-    first = getattr(tokenizer, "bos_id", None)
+    first = getattr(tokenizer, "start_id", None)
     if first is not None:
         ids, ends = [first, *ids], [0, *ends]
     found = []
@@ -114,9 +114,6 @@ class LanguageTask(Task):
         parts: dict[str, list[str]] = {split: [] for split in SPLITS}
         for key in sorted(texts, key=lambda key: order_key(seed, key)):
             parts[place[key]] += pieces(texts[key], max(PIECE, 16 * length))
-        empty = [split for split in SPLITS if not parts[split]]
-        if empty:
-            raise DataError(f"{name}: one text is so large that {', '.join(empty)} would be empty; give more files")
         self.parts = {split: _draw(parts[split], None if split == "calibrate" else limit, seed) for split in SPLITS}
         self._fingerprint = digest([self.version, RULE, SHARES, PIECE, seed, length, limit], self.parts)
         self._tokenizer: Any = None
@@ -125,7 +122,7 @@ class LanguageTask(Task):
     def bind(self, model: Any) -> None:
         self._tokenizer = _encoding.tokenizer_of(model, self.name, "offsets")
         self._windows = {}
-        most = getattr(model, "max_length", None)
+        most = _encoding.limit_of(model)
         if most is not None and self.length > most:
             raise DataError(
                 f"task {self.name} has windows of {self.length} tokens; {_encoding.model_name(model)} takes {most}: "
@@ -184,9 +181,9 @@ class LanguageTask(Task):
                 raise DataError(f"task {self.name} needs logits (rows, length, vocabulary); the model gives {shape}")
             targets = batch.targets["tokens"].to(logits.device)
             nats = torch.nn.functional.cross_entropy(
-                logits.detach().float().transpose(1, 2), targets, ignore_index=-100, reduction="none"
+                logits.detach().float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none"
             )
-            bits.append(nats.double().sum(1).cpu() / log(2))
+            bits.append(nats.view_as(targets).double().sum(1).cpu() / log(2))
         return _ratio(torch.cat(bits), torch.tensor([window.bytes for window in found]))
 
     def resampled(self, score: Score, index: Index) -> float:

@@ -201,7 +201,7 @@ class RetrievalTask(Task):
 
     def bind(self, model: Any) -> None:
         self._tokenizer = _encoding.tokenizer_of(model, self.name)
-        self._limit = getattr(model, "max_length", None)
+        self._limit = _encoding.limit_of(model)
         self._ids = {}
 
     def _encoded(self, split: str, side: Literal["queries", "documents"]) -> list[list[int]]:

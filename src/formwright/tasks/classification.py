@@ -11,7 +11,7 @@ from pathlib import Path
 from formwright.kit.errors import DataError, all_of
 from formwright.registry import register
 from formwright.tasks._classification import Row, TextClassification
-from formwright.tasks._tables import Table, guess, read_table
+from formwright.tasks.tables import Table, guess, read_table
 from formwright.tasks.base import lines_listed
 
 TEXTS = ("text", "texts", "body", "sentence", "content", "message", "review", "utterance")

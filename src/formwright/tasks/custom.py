@@ -25,7 +25,7 @@ from formwright.kit.errors import DataError, SpecError
 from formwright.models.batch import Batch, Score, View
 from formwright.tasks import _encoding
 from formwright.tasks._classification import Classifying, Row, TextClassification, classification_score
-from formwright.tasks.base import SPLITS, Task, digest
+from formwright.tasks.base import SPLITS, digest
 
 Sample = tuple[np.ndarray, int]
 #: Samples drawn twice by the check, and samples from which shortcuts are learnt and on which they are judged.
@@ -36,7 +36,7 @@ class GeneratedTask(Classifying):
     """Classification of generated token sequences; what ``task.generated`` makes.
 
     vocabulary: token ids are 0 … vocabulary - 1, 0 is padding. classes: labels are 0 … classes - 1.
-    length, seed: options of the task. sizes: samples of select and of test. rows: samples a batch.
+    length, seed: options of the task. size: samples of select and of test. rows: samples a batch.
     """
 
     def __init__(
@@ -60,6 +60,8 @@ class GeneratedTask(Classifying):
         self.labels = [str(label) for label in range(classes)]
         self._drawn: dict[str, list[Sample]] = {}
         counts = Counter(label for _, label in self._samples("calibrate"))
+        if len(counts) < 2:
+            raise DataError(f"task {name}: {size} samples all have the label {next(iter(counts))}; check the generator")
         self._metric_line = self.set_metric(metric, {str(k): n / size for k, n in sorted(counts.items())})
 
     def draw(self, split: str, index: int) -> Sample:
@@ -88,7 +90,7 @@ class GeneratedTask(Classifying):
 
     def bind(self, model: Any) -> None:
         """Refuses a classifier of another number of classes; there is no text, so no tokenizer is asked for."""
-        names = getattr(model, "labels", None)
+        names = _encoding.classes_of(model)
         if names and len(names) != self.classes:
             raise DataError(
                 f"task {self.name} has {self.classes} classes, {_encoding.model_name(model)} {len(names)} labels"
@@ -96,11 +98,11 @@ class GeneratedTask(Classifying):
 
     def batches(self, split: str, *, seed: int, budget: int, policy: Any = None) -> Iterator[Batch]:
         """Fresh samples; those of *calibrate* with another ``seed`` are others, so training never runs out of them."""
-        start = SPLITS.index(self.check_split(split))
+        self.check_split(split)
         for turn in range(budget):
             # Indices beyond any scored sample, in a range of their own for every seed.
             first = (seed + 1) * 2**40 + turn * self.rows
-            yield self._batch([self.draw(SPLITS[start], first + row) for row in range(self.rows)])
+            yield self._batch([self.draw(split, first + row) for row in range(self.rows)])
 
     def _batch(self, samples: Sequence[Sample]) -> Batch:
         batch = _encoding.token_batch([tokens.tolist() for tokens, _ in samples], 0)

@@ -11,7 +11,7 @@ from pathlib import Path
 from formwright.kit.errors import DataError
 from formwright.registry import register
 from formwright.tasks._lm import LanguageTask, pieces
-from formwright.tasks._tables import read_text
+from formwright.tasks.tables import read_text
 
 
 @register("task", "lm", summary="bits per byte of your own text files: --data FOLDER")

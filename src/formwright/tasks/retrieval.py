@@ -13,7 +13,7 @@ from typing import Literal
 from formwright.kit.errors import DataError, all_of
 from formwright.registry import register
 from formwright.tasks._retrieval import Pair, RetrievalTask
-from formwright.tasks._tables import Table, guess, read_table
+from formwright.tasks.tables import Table, guess, read_table
 from formwright.tasks.base import lines_listed
 
 SHARES = (0.3, 0.3, 0.4)
@@ -46,7 +46,7 @@ class Retrieval(RetrievalTask):
         table = read_table(data)
         notes = list(table.notes)
         all_of(DataError, [table.missing(name) for name in (query, document) if name and name not in table.columns])
-        taken = []
+        taken: list[str] = []
         for given, what, names in ((query, "query", QUERIES), (document, "document", DOCUMENTS)):
             column = given
             if column is None:
@@ -64,12 +64,16 @@ class Retrieval(RetrievalTask):
 
 def _pairs(table: Table, query: str, document: str, strict: bool, notes: list[str]) -> list[Pair]:
     """The rows with both texts, grouped so that rows sharing a query or a document are one unit."""
-    full, empty = [], []
+    full: list[tuple[str, str]] = []
+    empty: list[int] = []
     for row, line in zip(table.rows, table.lines):
         texts = row[query].strip(), row[document].strip()
-        (full if all(texts) else empty).append((texts, line))
+        if all(texts):
+            full.append(texts)
+        else:
+            empty.append(line)
     if empty:
-        listed = lines_listed([line for _, line in empty])
+        listed = lines_listed(empty)
         if strict:
             raise DataError(f"{table.name}: empty query or document in {listed}")
         notes.append(f"{len(empty)} rows skipped: empty query or document ({listed})")
@@ -81,7 +85,7 @@ def _pairs(table: Table, query: str, document: str, strict: bool, notes: list[st
             key = parent[key]
         return key
 
-    for (asked, answer), _ in full:
+    for asked, answer in full:
         one, other = sorted((root(("q", asked)), root(("d", answer))))
         parent[other] = one
-    return [Pair(asked, answer, "\0".join(root(("q", asked)))) for (asked, answer), _ in full]
+    return [Pair(asked, answer, "\0".join(root(("q", asked)))) for asked, answer in full]

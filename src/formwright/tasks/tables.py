@@ -7,6 +7,8 @@ semicolon as separator is recognised by the header and said. Line numbers are th
 from __future__ import annotations
 
 import csv
+import difflib
+import io
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -45,8 +47,6 @@ class Table:
 
 def nearest_column(wanted: str, columns: Iterable[str]) -> str:
     """The column whose name is nearest to ``wanted``, empty where none is near."""
-    import difflib
-
     folded = {column.casefold(): column for column in columns}
     near = difflib.get_close_matches(wanted.casefold(), folded, n=1, cutoff=0.6)
     return folded[near[0]] if near else ""
@@ -86,14 +86,15 @@ def read_table(path: str | Path) -> Table:
 
 
 def _read_csv(name: str, text: str, suffix: str) -> Table:
-    first = text.lstrip("\n").split("\n", 1)[0]
-    delimiter, notes = ("\t", ()) if suffix == ".tsv" else (",", ())
+    first = text.lstrip("\r\n").split("\n", 1)[0]
+    delimiter = "\t" if suffix == ".tsv" else ","
+    notes: tuple[str, ...] = ()
     if suffix == ".csv" and "," not in first and ";" in first:
         delimiter, notes = ";", (f"{name}: columns are separated by ';'",)
     # Texts longer than csv's default of 131,072 characters are ordinary documents here.
     before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
-        reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         return _collect_csv(name, reader, notes)
     except csv.Error as error:
         raise DataError(f"{name}, line {reader.line_num}: {error}; is a quotation mark unclosed?") from None

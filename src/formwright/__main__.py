@@ -1,0 +1,5 @@
+"""``python -m formwright``."""
+
+from formwright.cli.main import main
+
+main()
