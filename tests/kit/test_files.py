@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from formwright.kit import files
+from formwright.kit import journal as journals
 from formwright.kit.errors import DataError
 
 OLD = {"formwright.json": "old", "model.safetensors": "o" * 5000, "evidence/report.html": "<old>"}
@@ -25,6 +26,7 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 from formwright.kit import files
+from formwright.kit import journal as journals
 target, k, exchange, new = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "exchange", eval(sys.argv[4])
 if not exchange:
     files._exchange = lambda one, other: False
@@ -219,15 +221,16 @@ def test_a_really_full_disk(small_disk: Path) -> None:
         files.write_atomic(small_disk / "file", b"w" * 400_000)
     assert os.listdir(small_disk) == ["model"]
     journal = small_disk / "journal.jsonl"
-    files.append_jsonl(journal, {"n": 0})
+    journals.append_jsonl(journal, {"n": 0})
     with pytest.raises(DataError, match="disk is full"):
-        files.append_jsonl(journal, {"n": "x" * 400_000})
+        journals.append_jsonl(journal, {"n": "x" * 400_000})
     assert journal.read_text() == '{"n": 0}\n'
 
 
 WRITER = """
 import sys
 from formwright.kit import files
+from formwright.kit import journal as journals
 target, me, exchange = sys.argv[1], sys.argv[2], sys.argv[3] == "True"
 if not exchange:
     files._exchange = lambda one, other: False
@@ -240,8 +243,9 @@ for _ in range(25):
 APPENDER = """
 import sys
 from formwright.kit import files
+from formwright.kit import journal as journals
 for n in range(40):
-    files.append_jsonl(sys.argv[1], {"me": int(sys.argv[2]), "n": n, "pad": "p" * (n * 50)})
+    journals.append_jsonl(sys.argv[1], {"me": int(sys.argv[2]), "n": n, "pad": "p" * (n * 50)})
 """
 
 
@@ -307,28 +311,28 @@ def test_write_atomic(tmp_path: Path) -> None:
 
 def test_journal(tmp_path: Path) -> None:
     journal = tmp_path / "events.jsonl"
-    assert files.read_jsonl(journal) == []
+    assert journals.read_jsonl(journal) == []
     records = [{"n": 1, "name": "Ü\u2028"}, {"n": 2.5, "list": [1, None]}, {"big": "x" * 10_000}]
     for record in records:
-        files.append_jsonl(journal, record)
-    assert files.read_jsonl(journal) == records
+        journals.append_jsonl(journal, record)
+    assert journals.read_jsonl(journal) == records
     whole = journal.read_bytes()
     for cut in (1, 5, 4096, 9000):  # the machine stopped within the last line
         journal.write_bytes(whole[:-cut])
         kept = records if cut == 1 else records[:2]  # cut == 1: only the line end is missing
-        assert files.read_jsonl(journal) == kept
-        files.append_jsonl(journal, {"again": True})
-        assert files.read_jsonl(journal) == [*kept, {"again": True}]
+        assert journals.read_jsonl(journal) == kept
+        journals.append_jsonl(journal, {"again": True})
+        assert journals.read_jsonl(journal) == [*kept, {"again": True}]
     journal.write_bytes(whole + b"\x00" * 500)  # and a block of zeros after a power cut
-    assert files.read_jsonl(journal) == records
+    assert journals.read_jsonl(journal) == records
     journal.write_bytes(b'{"n": 1}\nnonsense\n{"n": 2}\n')
     with pytest.raises(DataError, match="line 2 is not a JSON object"):
-        files.read_jsonl(journal)
+        journals.read_jsonl(journal)
 
 
 def test_journal_on_a_full_disk_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = tmp_path / "events.jsonl"
-    files.append_jsonl(journal, {"n": 1})
+    journals.append_jsonl(journal, {"n": 1})
     write = os.write
 
     def half(fd: int, data: memoryview) -> int:
@@ -338,33 +342,33 @@ def test_journal_on_a_full_disk_stays_as_it_was(tmp_path: Path, monkeypatch: pyt
 
     with monkeypatch.context() as patch, pytest.raises(DataError, match="disk is full"):
         patch.setattr(files.os, "write", half)
-        files.append_jsonl(journal, {"n": "x" * 100})
+        journals.append_jsonl(journal, {"n": "x" * 100})
     assert journal.read_text() == '{"n": 1}\n'
 
 
 def test_journal_of_several_writers(tmp_path: Path) -> None:
     journal = tmp_path / "events.jsonl"
     assert [writer.wait() for writer in several(APPENDER, journal)] == [0, 0, 0]
-    records = files.read_jsonl(journal)
+    records = journals.read_jsonl(journal)
     for me in range(3):
         assert [r["n"] for r in records if r["me"] == me] == list(range(40))
 
 
 def test_lock(tmp_path: Path) -> None:
     run = tmp_path / "out.run"
-    with files.Lock(run):
+    with journals.Lock(run):
         with pytest.raises(DataError, match=rf"in use by process {os.getpid()} on "):
-            files.Lock(run).acquire()
+            journals.Lock(run).acquire()
         assert (run / "lock").exists()
     assert os.listdir(run) == []
-    with files.Lock(run) as lock:
+    with journals.Lock(run) as lock:
         lock.release()
         lock.release()
 
 
 def test_a_killed_owner_does_not_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
-        "import sys, time; from formwright.kit.files import Lock; Lock(sys.argv[1]).acquire(); "
+        "import sys, time; from formwright.kit.journal import Lock; Lock(sys.argv[1]).acquire(); "
         "print(1, flush=True); time.sleep(60)"
     )
     owner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
@@ -372,9 +376,9 @@ def test_a_killed_owner_does_not_block(tmp_path: Path, monkeypatch: pytest.Monke
     for locks in (True, False):  # with the kernel's locks, and by process id on a file system without
         with monkeypatch.context() as patch:
             if not locks:
-                patch.setattr(files, "_claim", lambda fd: None)
+                patch.setattr(journals, "_claim", lambda fd: None)
             with pytest.raises(DataError, match=f"in use by process {owner.pid} on "):
-                files.Lock(tmp_path).acquire()
+                journals.Lock(tmp_path).acquire()
     owner.kill()
     owner.wait()
     owner.stdout.close()
@@ -383,8 +387,8 @@ def test_a_killed_owner_does_not_block(tmp_path: Path, monkeypatch: pytest.Monke
         (tmp_path / "lock").write_text(left)
         with monkeypatch.context() as patch:
             if not locks:
-                patch.setattr(files, "_claim", lambda fd: None)
-            files.Lock(tmp_path).acquire().release()
+                patch.setattr(journals, "_claim", lambda fd: None)
+            journals.Lock(tmp_path).acquire().release()
     (tmp_path / "lock").write_text("not json")
-    with files.Lock(tmp_path):
+    with journals.Lock(tmp_path):
         assert f'"pid": {os.getpid()}' in (tmp_path / "lock").read_text()

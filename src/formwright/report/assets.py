@@ -89,7 +89,7 @@ code { font-size: .9em; }
 footer { color: var(--soft); font-size: 13.5px; margin: 22px 2px 0; }
 .out { position: absolute; left: -999em; }
 @media (max-width: 860px) { .kpis { grid-template-columns: 1fr 1fr; } .pair { grid-template-columns: 1fr; gap: 0; } }
-@media (max-width: 980px) {
+@media (max-width: 1180px) {
   .points, .points tbody, .points tr, .points td, .points tbody th { display: block; }
   .points thead { position: absolute; left: -999em; }
   .points tr.point { display: grid; grid-template-columns: repeat(4, 1fr); gap: 8px 14px; padding: 14px 0 6px; }

@@ -135,8 +135,9 @@ def _figure(front: Front, still: str, interactive: bool) -> str:
 
 def _points(front: Front) -> str:
     columns = [
-        ("#", "left"), ("Model", "left"), (words.metric(front), ""), ("kept [95 % bound]", ""), (f"{words.unit(front)} (spread)", ""),
-        ("speed", ""), ("MB", ""), ("parameters", ""), ("MACs", ""), ("cosine", ""), ("verdict", "left"),
+        ("#", "left"), ("Model", "left"), (words.metric(front), ""), ("kept [95 % bound]", ""),
+        (f"{words.unit(front)} (spread)", ""), ("speed", ""), ("MB", ""), ("parameters", ""), ("MACs", ""),
+        ("cosine", ""), ("verdict", "left"),
     ]  # fmt: skip
     head = "".join(f'<th scope="col" role="columnheader" class="{c}">{_e(name)}</th>' for name, c in columns)
     rows = "".join(_row(front, n, p, len(columns)) for n, p in enumerate(front.ordered()))

@@ -62,6 +62,7 @@ class Machine:
     threads: Count = None
     memory_gb: Number = None
     flags: list[str] | str = field(default_factory=list)
+    system: str = ""
     python: str = ""
     torch: str = ""
     formwright: str = ""
@@ -115,6 +116,7 @@ TARGETS: dict[str, tuple[str, str, str]] = {
     "size": ("bytes", "Times smaller than the original", "smaller"),
     "bytes": ("bytes", "Times smaller than the original", "smaller"),
     "parameters": ("parameters", "Times fewer parameters than the original", "fewer parameters"),
+    "memory": ("bytes", "Times less memory than the original", "less memory"),
     "macs": ("macs", "Times fewer multiply-adds than the original", "fewer multiply-adds"),
 }
 

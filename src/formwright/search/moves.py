@@ -18,6 +18,7 @@ from formwright.measure.workload import Workload
 from formwright.models.batch import Batch
 from formwright.models.text import packed
 from formwright.surgery import Plan, surgery
+from formwright.surgery.compress.finercut import candidate_distances
 
 #: Tokens of the calibrate texts on which items are timed.
 TIMED = 4096
@@ -41,6 +42,15 @@ def drop_plan(model: Any, items: list[str]) -> Plan:
     """The plan that drops exactly these items."""
     by = surgery("finercut")
     return by.made(model, {"drop": len(items)}, {"drop": items})
+
+
+def price(
+    original: Any, current: Any, gains: dict[str, float], texts: list[str], without: set[str], tokens: int = 128
+) -> list[Move]:
+    """Every drop still possible, the cheapest per share of cost first: one greedy step of FinerCut on ``texts``."""
+    distances = candidate_distances(current, [], texts, reference=original, batch=16, max_length=tokens)
+    found = [Move(id, far, gains[id]) for id, far in distances.items() if id not in without and gains.get(id, 0.0) > 0]
+    return sorted(found, key=lambda move: move.price)
 
 
 def item_gains(model: Any, target: str, load: Workload, texts: list[str]) -> dict[str, float]:

@@ -11,6 +11,7 @@ for encoders, decoders and classifiers. A search can be stopped at any moment an
 
 from __future__ import annotations
 
+import functools
 import shlex
 import shutil
 import tempfile
@@ -235,9 +236,8 @@ class Search:
         number = 0
         while self.space.elapsed < self.seconds - reserve:
             number += 1
-            moves = self.space.once(f"moves/{number}", lambda: {"moves": self.ranked(current, gains, given_up)})[
-                "moves"
-            ]
+            ranked = functools.partial(self.ranked, current, gains, set(given_up))
+            moves = self.space.once(f"moves/{number}", ranked)["moves"]
             if not moves:
                 break
             move = Move(**moves[0])
@@ -262,9 +262,9 @@ class Search:
                 if len(given_up) > 2:
                     break
 
-    def ranked(self, current: Any, gains: dict[str, float], given_up: set[str]) -> list[dict[str, Any]]:
+    def ranked(self, current: Any, gains: dict[str, float], given_up: set[str]) -> dict[str, Any]:
         found = price(self.original, current, gains, self.probes, given_up)
-        return [{"item": m.item, "distance": m.distance, "gain": m.gain} for m in found]
+        return {"moves": [{"item": m.item, "distance": m.distance, "gain": m.gain} for m in found]}
 
     def reserve(self) -> float:
         """Seconds to keep for the last measurements: finalists on test, timing, writing."""
@@ -512,6 +512,8 @@ def slim(
     status: Callable[..., None] = lambda **state: None,
     confirm: Callable[[str], bool] = lambda question: True,
     task_words: list[str] | None = None,
+    task_options: dict[str, Any] | None = None,
+    model_name: str | None = None,
 ) -> Slimmed:
     """The cheapest form of ``model`` (a model or a name) that keeps ``keep`` of its quality on ``task``.
 
@@ -527,7 +529,7 @@ def slim(
     check(keep, target, minutes)
     if out is not None and Path(out).exists() and not overwrite and not resume:
         raise DataError(f"{out} already exists; choose another --out, or --overwrite")
-    name = model if isinstance(model, str) else (getattr(model, "name", "") or "model")
+    name = model_name or (str(model) if isinstance(model, (str, Path)) else getattr(model, "name", "") or "model")
     model = load_model(model) if isinstance(model, (str, Path)) else model
     if not hasattr(model, "residuals"):
         raise Refusal(f"{name} is a system of several towers; slim one tower at a time")
@@ -543,6 +545,7 @@ def slim(
         "minutes": minutes,
         "seed": seed,
         "strict": strict,
+        "task_options": task_options or {"task": task_name},
     }
     recipe["command"] = command_of(
         str(name), task_words or ["--task", task_name], recipe, None if out is None else str(out)
@@ -560,9 +563,9 @@ def slim(
             smallest = evidence.certifiable(made, original)
             if smallest is not None:
                 say(f"  smallest loss this data can certify: {smallest:.1%}")
-                if smallest > 1 - space.recipe["keep"] and not confirm(
-                    f"a loss of {1 - space.recipe['keep']:.1%} cannot be certified with this data; the report will say so. Go on?"
-                ):
+                loss = 1 - space.recipe["keep"]
+                question = f"a loss of {loss:.1%} cannot be certified with this data; the report will say so. Go on?"
+                if smallest > loss and not confirm(question):
                     raise Refusal("stopped: give more data, a lower --keep, or --yes")
             data = search.run()
             return conclude(model, data, space, Path(out) if out is not None else None, overwrite or resume)

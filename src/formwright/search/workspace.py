@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from formwright.kit.errors import DataError
-from formwright.kit.files import Lock, append_jsonl, read_jsonl, write_atomic
+from formwright.kit.files import write_atomic
+from formwright.kit.journal import Lock, append_jsonl, read_jsonl
 
 
 class Workspace:

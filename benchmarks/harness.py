@@ -1,0 +1,77 @@
+"""What every benchmark shares: one thread budget, alternating rounds, honest lines.
+
+A line is plain data: machine, versions, shape, contender, milliseconds (best and median), spread, the ratio to the
+named peer, agreement with the reference, and whether the machine was noisy. ``--json`` prints a line per contender.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any
+
+from formwright.measure import Timing, alternate
+from formwright.measure.machine import machine
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The options that all benchmarks take."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", action="store_true", help="a JSON object a line")
+    parser.add_argument("--rounds", type=int, default=9, help="alternating rounds")
+    parser.add_argument("--threads", type=int, default=None, help="threads of every contender")
+    return parser
+
+
+def race(
+    name: str,
+    shape: str,
+    contenders: dict[str, Callable[[], Any]],
+    agreement: dict[str, float],
+    bar: float,
+    peer: str,
+    rounds: int,
+) -> list[dict[str, Any]]:
+    """Time the contenders that agree (``agreement`` at least ``bar``) in one alternating run; lines of plain data."""
+    sound = {key: run for key, run in contenders.items() if agreement[key] >= bar}
+    times: dict[str, Timing] = alternate(sound, rounds=rounds, warmup=2)
+    where = machine()
+    lines = []
+    for key in contenders:
+        line: dict[str, Any] = {"benchmark": name, "shape": shape, "contender": key, "agreement": agreement[key]}
+        if key in times:
+            timing = times[key]
+            line |= {
+                "ms": timing.median * 1e3,
+                "best_ms": timing.best * 1e3,
+                "spread": timing.spread,
+                "noisy": timing.noisy,
+                "ratio": timing.over(times[peer]),
+                "ratio_of_best": times[peer].best / timing.best,
+                "peer": peer,
+            }
+        else:
+            line |= {"wrong": f"agreement {agreement[key]:.4f} is below {bar}"}
+        lines.append({**line, "machine": where})
+    return lines
+
+
+def show(lines: list[dict[str, Any]], as_json: bool) -> None:
+    """Print the lines as a table, or one JSON object each."""
+    if as_json:
+        for line in lines:
+            print(json.dumps(line))
+        return
+    where = lines[0]["machine"]
+    print(f"{where['cpu']} · {where['threads']} threads · torch {where['torch']} · load {where['load']}")
+    print(f"  {'shape':<10} {'contender':<34} {'median ms':>10} {'ratio':>7} {'of best':>8} {'spread':>7}  agreement")
+    for line in lines:
+        if "wrong" in line:
+            print(f"  {line['shape']:<10} {line['contender']:<34} wrong: {line['wrong']}")
+            continue
+        print(
+            f"  {line['shape']:<10} {line['contender']:<34} {line['ms']:>10.1f} {line['ratio']:>6.2f}x"
+            f" {line['ratio_of_best']:>7.2f}x {line['spread']:>6.0%}{'!' if line['noisy'] else ' '} {line['agreement']:.4f}"
+        )
+    print(f"  ratios against {lines[0].get('peer', lines[-1].get('peer'))}; ! marks a spread above 10 %")
