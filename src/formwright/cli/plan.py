@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json as jsonlib
+import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +21,7 @@ from formwright.cli.common import (
     Threads,
     load,
     make_task,
+    read_texts,
     say,
     set_threads,
 )
@@ -53,21 +56,24 @@ def options_from(pairs: list[str]) -> dict[str, Any]:
     return options
 
 
-def evidence(model: Any, task: str | None, data: str | None, text: str | None, seed: int) -> list[str] | None:
-    """Texts for a surgery that wants to run some: the data's, the task's calibrate split, or the standard library's."""
-    import random
+class Texts:
+    """Texts that a surgery may run while deciding, read only when it asks: from ``--data``, the task's calibrate
+    split, or the standard library's."""
 
-    if data is not None and task is None:
-        from formwright.cli.common import read_texts
+    def __init__(self, task: str | None, data: str | None, text: str | None, seed: int) -> None:
+        self.task, self.data, self.text, self.seed = task, data, text, seed
 
-        texts = read_texts(Path(data), text)
-    else:
-        if model.tokenizer is None:
-            return None
-        made = make_task(task or "lm/stdlib", data=data, text=text)
-        made.bind(model)
-        texts = made.texts("calibrate")
-    return random.Random(seed).sample(texts, min(EVIDENCE, len(texts)))
+    def __iter__(self) -> Iterator[str]:
+        if self.data is not None and self.task is None:
+            texts = read_texts(Path(self.data), self.text)
+        else:
+            texts = make_task(self.task or "retrieval/stdlib", data=self.data, text=self.text).texts("calibrate")
+        return iter(random.Random(self.seed).sample(texts, min(EVIDENCE, len(texts))))
+
+
+def evidence(model: Any, task: str | None, data: str | None, text: str | None, seed: int) -> Texts | None:
+    """:class:`Texts` for a model that reads texts, None for others."""
+    return None if getattr(model, "tokenizer", None) is None else Texts(task, data, text, seed)
 
 
 @register("verb", "plan", summary="decide a surgery and print the plan, to read, edit and apply")

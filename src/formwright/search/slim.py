@@ -15,6 +15,7 @@ import functools
 import shlex
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,7 +125,12 @@ class Search:
     # ------------------------------------------------------------------ pieces
 
     def score(self, model: Any, split: str, key: str) -> dict[str, Any]:
-        return self.space.once(f"{split}/{key}", lambda: evidence.record(self.task.score(model, split)))
+        def work() -> dict[str, Any]:
+            started = time.perf_counter()
+            found = evidence.record(self.task.score(model, split))
+            return {**found, "clock": time.perf_counter() - started}
+
+        return self.space.once(f"{split}/{key}", work)
 
     def kept(self, value: float, split: str = "select") -> float:
         return evidence.kept(self.task, value, self.score(self.original, split, "original")["value"])
@@ -181,7 +187,7 @@ class Search:
                 "precision": precision,
             }
 
-        found = _Candidate(**self.space.once(f"candidate/{key}", work))
+        found = _Candidate(**{**self.space.once(f"candidate/{key}", work), "key": key})
         self.candidates.append(found)
         best = max((self.base_cost / c.cost for c in self.candidates if c.accepted), default=1.0)
         self.status(
@@ -234,7 +240,7 @@ class Search:
         given_up: set[str] = set()
         reserve = self.reserve()
         number = 0
-        while self.space.elapsed < self.seconds - reserve:
+        while len(current.residuals()) > 1 and self.due(f"candidate/{number + 1}", reserve):
             number += 1
             ranked = functools.partial(self.ranked, current, gains, set(given_up))
             moves = self.space.once(f"moves/{number}", ranked)["moves"]
@@ -248,12 +254,14 @@ class Search:
             spent = 0
             for chance in range(1 + SECOND_CHANCES):
                 key = f"{number}" if chance == 0 else f"{number}+{chance}"
+                if chance and not self.due(f"candidate/{key}", reserve):
+                    break
                 steps = self.heal(trial, key, len(drops), reserve)
                 spent += steps
                 path = f"steps/{key}"
                 made = self.candidate(key, trial, [*drops, move.item], healed + spent, precision, path)
                 accepted = made.accepted
-                if accepted or self.space.elapsed > self.seconds - reserve:
+                if accepted:
                     break
             if accepted:
                 current, drops, healed = trial, [*drops, move.item], healed + spent
@@ -266,11 +274,14 @@ class Search:
         found = price(self.original, current, gains, self.probes, given_up)
         return {"moves": [{"item": m.item, "distance": m.distance, "gain": m.gain} for m in found]}
 
+    def due(self, key: str, reserve: float) -> bool:
+        """Whether a step was done in an earlier session, or there is time for it."""
+        return key in self.space.results or self.space.elapsed < self.seconds - reserve
+
     def reserve(self) -> float:
-        """Seconds to keep for the last measurements: finalists on test, timing, writing."""
-        select = next((line for line in [self.space.results.get("select/original")] if line), None)
-        seconds = self.space.results.get("clock", {}).get("score", 20.0) if select else 20.0
-        return 45.0 + seconds * (1.0 + 0.6 * FINALISTS)
+        """Seconds to keep for the last measurements (finalists on test, timing, writing), at most a third of all."""
+        clock = self.space.results.get("select/original", {}).get("clock", 20.0)
+        return min(45.0 + clock * (1.0 + 0.6 * FINALISTS), self.seconds / 3)
 
     def heal(self, trial: Any, key: str, done: int, reserve: float) -> int:
         """Heal in place for this move's share of the time left; returns the steps. A healed model is kept on disk."""
@@ -298,8 +309,6 @@ class Search:
 
     def rate(self, trial: Any) -> float:
         """Healing steps a second on this machine, timed once on a copy."""
-        import time
-
         from formwright.training import heal
 
         def work() -> dict[str, Any]:
@@ -550,6 +559,7 @@ def slim(
     recipe["command"] = command_of(
         str(name), task_words or ["--task", task_name], recipe, None if out is None else str(out)
     )
+    workload(model, recipe["shape"], task=made, seed=seed)  # complains before anything is written
     temporary = None if out is not None else tempfile.mkdtemp(prefix="formwright-")
     place = Path(f"{out}.run") if out is not None else Path(temporary or "", "run")
     try:
@@ -580,22 +590,32 @@ def conclude(original: Any, data: dict[str, Any], space: Workspace, out: Path | 
 
     from formwright import report
     from formwright.hub import load, save
+    from formwright.report.markdown import model_card
 
     points = [Point(p["name"], p, Path(p.pop("_directory")) if "_directory" in p else None) for p in data["points"]]
     chosen = next((p for p in points if p.data["written"]), None)
     model = original if chosen is None else load(chosen.directory)
     model.name = out.name if out is not None and chosen is not None else model.name
     data["out"] = None if out is None or chosen is None else str(out)
-    data["resume"] = str(space.path) if out is not None else None
+    data["resume"] = shlex.join(["formwright", "slim", "--resume", str(space.path)]) if out is not None else None
     if out is not None and chosen is not None:
 
         def extras(directory: Path) -> None:
             report.write(data, directory)
             (directory / "evidence").mkdir(exist_ok=True)
             (directory / "evidence" / "pareto.json").write_text(json.dumps(data, indent=1, ensure_ascii=False))
-            (directory / "README.md").write_text(report.model_card(data))
+            (directory / "README.md").write_text(model_card(data))
 
-        save(model, out, overwrite=overwrite, extras=extras)
+        save(
+            model,
+            out,
+            overwrite=overwrite,
+            beside=extras,
+            task=data["task"],
+            metric=data["task"]["metric"],
+            scores={"test": chosen.data["quality"], "kept": chosen.data["kept"], "bound": chosen.data["bound"]},
+            command=data["command"],
+        )
     elif out is not None:
         report.write(data, space.path)
     return Slimmed(model, points, data, data["command"], chosen is not None, out)

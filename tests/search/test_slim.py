@@ -1,0 +1,161 @@
+"""slim finds a cheaper model, says what it kept on data it did not choose by, resumes, and refuses nonsense at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import formwright as fw
+import small
+from formwright.kit.errors import DataError, Refusal, SpecError
+from formwright.search import moves
+from formwright.search.slim import Search
+from formwright.search.workspace import Workspace
+
+
+@pytest.fixture(scope="module")
+def tickets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.table(tmp_path_factory.mktemp("data") / "tickets.csv")
+
+
+def task(tickets: Path) -> Any:
+    return fw.task("classification", data=str(tickets), text="body", label="queue")
+
+
+def test_a_classifier_with_a_table(tickets: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    found = fw.slim(
+        small.classifier(),
+        task=task(tickets),
+        keep=0.9,
+        minutes=0.5,
+        target="size",
+        shape="encode:8x16",
+        out=tmp_path / "slim",
+        say=lines.append,
+    )
+    chosen = next(point for point in found.front if point.data["written"])
+    original = found.front[0]
+    assert found.found and chosen.data["kept"] >= 0.9 and chosen.data["bytes"] < original.data["bytes"]
+    assert original.name == "original" and original.data["kept"] == 1.0
+    assert chosen.data["bound"] <= chosen.data["kept"] + 0.05
+    assert any("smallest loss this data can certify" in line for line in lines)
+    again = fw.load(tmp_path / "slim")
+    assert [entry.kind for entry in again.history] == [entry.kind for entry in found.model.history]
+    assert again.predict(["my invoice refund charge"])[0]["label"] == "billing"
+    assert json.loads((tmp_path / "slim/evidence/pareto.json").read_text())["points"]
+    assert (tmp_path / "slim/report.html").is_file() and (tmp_path / "slim/README.md").is_file()
+    assert chosen.load().history == again.history
+    with pytest.raises(DataError, match="already exists"):
+        fw.slim(small.classifier(), task=task(tickets), out=tmp_path / "slim", minutes=0.1)
+    # A resumed search that was finished does no work again, and comes to the same.
+    before = (tmp_path / "slim.run/results.jsonl").read_text()
+    resumed = fw.slim(small.classifier(), task=task(tickets), out=tmp_path / "slim", resume=True)
+    assert (tmp_path / "slim.run/results.jsonl").read_text() == before
+    assert [p.data["quality"] for p in resumed.front] == [p.data["quality"] for p in found.front]
+
+
+def test_a_stopped_search_goes_on_where_it_was(tickets: Path, tmp_path: Path) -> None:
+    model = small.classifier()
+    options: dict[str, Any] = {
+        "task": task(tickets),
+        "keep": 0.5,
+        "minutes": 0.5,
+        "target": "size",
+        "shape": "encode:8x16",
+        "out": tmp_path / "s",
+    }
+
+    class Stop(Exception):
+        pass
+
+    def stop(**state: Any) -> None:
+        if state.get("tried", 0) >= 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        fw.slim(model, **options, status=stop)
+    done = (tmp_path / "s.run/results.jsonl").read_text()
+    assert not (tmp_path / "s").exists()
+    with pytest.raises(DataError, match="already holds a search"):
+        fw.slim(model, **options)
+    found = fw.slim(model, **options, resume=True)
+    assert found.found and (tmp_path / "s.run/results.jsonl").read_text().startswith(done)
+
+
+def test_nonsense_is_refused_before_any_work(tickets: Path, tmp_path: Path) -> None:
+    model = small.classifier(steps=0)
+    for options, words in (
+        ({"keep": 2}, "keep=2"),
+        ({"keep": 0}, "keep=0"),
+        ({"target": "latencyy"}, "did you mean 'latency'"),
+        ({"minutes": 0}, "minutes"),
+        ({"shape": "encode"}, "shape"),
+    ):
+        with pytest.raises(SpecError, match=words):
+            fw.slim(model, task=task(tickets), out=tmp_path / "x", **options)
+        assert not (tmp_path / "x.run").exists()
+    with pytest.raises(DataError, match="no search to resume"):
+        fw.slim(model, task=task(tickets), out=tmp_path / "x", resume=True)
+    with pytest.raises(DataError, match="no better than chance"):
+        fw.slim(model, task=task(tickets), minutes=0.1, shape="encode:2x8")
+    options = {"keep": 0.999, "minutes": 0.1, "shape": "encode:2x8"}
+    with pytest.raises(Refusal, match="stopped"):
+        fw.slim(small.classifier(), task=task(tickets), **options, confirm=lambda question: False)
+
+
+def test_without_out_nothing_stays(tickets: Path) -> None:
+    found = fw.slim(small.classifier(), task=task(tickets), keep=0.5, minutes=0.1, target="macs", shape="encode:8x16")
+    assert found.front[0].name == "original"
+    with pytest.raises(DataError, match="give out="):
+        found.front[-1].load()
+
+
+def test_gains_are_shares(tickets: Path) -> None:
+    from formwright.measure.workload import workload
+
+    model = small.encoder()
+    load = workload(model, "encode:8x16")
+    for target in ("latency", "size", "macs", "memory"):
+        gains = moves.item_gains(model, target, load, [text for text, _ in small.sentences(40)])
+        assert set(gains) == {item.id for item in model.residuals()}
+        assert all(0 < share < 1 for share in gains.values()) and sum(gains.values()) <= 1 + 1e-9
+    macs = moves.item_gains(model, "macs", load, [])
+    assert macs["b0.mlp"] == pytest.approx(macs["b1.mlp"])
+
+
+def test_a_planted_useless_sublayer_goes_first(tickets: Path) -> None:
+    import torch
+
+    model = small.encoder()
+    with torch.no_grad():
+        part = model.item("b1.mlp").part
+        part.down.weight.zero_()
+        part.down.bias.zero_()
+    gains = {item.id: 0.1 for item in model.residuals()}
+    first = moves.price(model, fw.copy(model), gains, [text for text, _ in small.sentences(16)], set())[0]
+    assert first.item == "b1.mlp"
+
+
+def test_the_test_split_is_scored_once_and_last(tickets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = task(tickets)
+    asked: list[str] = []
+    score = made.score
+    monkeypatch.setattr(made, "score", lambda view, split: asked.append(split) or score(view, split))
+    found = fw.slim(small.classifier(), task=made, keep=0.5, minutes=0.3, target="size", shape="encode:8x16")
+    assert asked.count("test") == len(found.front)
+    assert "select" not in asked[asked.index("test") :]
+
+
+def test_a_workspace_keeps_results_once(tmp_path: Path) -> None:
+    calls = []
+    with Workspace(tmp_path / "r", {"a": 1}, resume=False) as space:
+        for _ in range(2):
+            assert space.once("x", lambda: calls.append(1) or {"value": 1})["value"] == 1
+    with Workspace(tmp_path / "r", None, resume=True) as space:
+        assert space.recipe == {"a": 1} and space.once("x", lambda: {"value": 2})["value"] == 1
+    assert calls == [1]
+    assert Search.__doc__
