@@ -70,10 +70,12 @@ def train(
     for line in made.describe():
         say(f"  {line}")
     options = {"lr": lr, "batch": batch, "steps": steps, "minutes": minutes}
+    objective = "causal-lm" if any(head.kind == "tokens" for head in loaded.heads.values()) else "classification"
     run(
         loaded,
         made,
         out=Path(f"{out}.run"),
+        objective=objective,
         resume=resume,
         seed=seed,
         **{name: value for name, value in options.items() if value is not None},
