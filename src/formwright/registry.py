@@ -104,12 +104,19 @@ def register(kind: str, name: str, *, paper: Paper | None = None, summary: str |
         module = getattr(target, "__module__", "")
         if not module.startswith("formwright."):
             known = entries().get((kind, name))
-            if known is not None:
-                raise SpecError(f"{kind} {name!r} is already registered by {known.module}; choose another name")
+            holder = known.module if known is not None else _holder(kind, name, module)
+            if holder:
+                raise SpecError(f"{kind} {name!r} is already registered by {holder}; choose another name")
             _plugins[(kind, name)] = target
         return target
 
     return decorate
+
+
+def _holder(kind: str, name: str, module: str) -> str:
+    """The other plug-in module that has the name; a file that is loaded again only replaces its own."""
+    held = getattr(_plugins.get((kind, name)), "__module__", "")
+    return held if held != module else ""
 
 
 def _literal(node: ast.expr | None) -> Any:
@@ -134,6 +141,9 @@ def _read(path: Path) -> list[Entry]:
             if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "register"):
                 continue
             kind, name = (_literal(argument) for argument in call.args[:2])
+            if kind not in HOMES or not isinstance(name, str):
+                place = f"{path.name}, line {call.lineno}"
+                raise SpecError(f"{place}: register takes a kind ({', '.join(HOMES)}) and a name, both literal strings")
             options = {keyword.arg: keyword.value for keyword in call.keywords}
             paper = options.get("paper")
             stated = None
@@ -292,7 +302,7 @@ def load_plugin(name: str) -> Any:
 
 def main() -> None:
     """Write the index beside this file."""
-    record = {"files": _sources(), "entries": [asdict(entry) for entry in scan()]}
+    record: dict[str, list] = {"files": _sources(), "entries": [asdict(entry) for entry in scan()]}
     INDEX.write_text(json.dumps(record, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
     print(f"{len(record['entries'])} names from {len(record['files'])} files")
 

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from formwright.kit.errors import SpecError, unknown
@@ -31,6 +32,8 @@ def _plain(value: Any, where: str) -> Any:
         return {str(key): _plain(inner, f"{where}.{key}") for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(inner, f"{where}[{index}]") for index, inner in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SpecError(f"{where} is {value}, which JSON cannot say")
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     raise SpecError(f"{where} is a {type(value).__name__}; a spec holds plain data only")
@@ -56,12 +59,17 @@ class ModelSpec:
     def __post_init__(self) -> None:
         for entry in fields(self):
             object.__setattr__(self, entry.name, _plain(getattr(self, entry.name), entry.name))
-        problems = []
+        problems: list[str] = []
+        wanted = {"head": dict, "defaults": dict, "conditioners": dict, "shared": dict, "memory": list}
+        for name, kind in wanted.items():
+            if not isinstance(getattr(self, name), kind):
+                what = "an object" if kind is dict else "a list of names"
+                problems.append(f"{name} must be {what}, not {getattr(self, name)!r}")
         if not isinstance(self.stem, dict) or not ("part" in self.stem or "use" in self.stem):
             problems.append("stem must be {'part': NAME, 'width': N, ...}")
         if not isinstance(self.layers, list):
             problems.append("layers must be a list")
-        for key in self.defaults:
+        for key in self.defaults if isinstance(self.defaults, dict) else ():
             if key not in ("norm", "order", "combine"):
                 problems.append("defaults: " + unknown("key", key, ("norm", "order", "combine")))
         if problems:
@@ -71,12 +79,14 @@ class ModelSpec:
     def width(self) -> int:
         """Width of the stream where the layers begin."""
         width = self.stem.get("width")
-        if not isinstance(width, int) or width < 1:
+        if not isinstance(width, int) or isinstance(width, bool) or width < 1:
             raise SpecError(f"stem: width must be a positive whole number, not {width!r}")
         return width
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelSpec:
+        if not isinstance(data, Mapping):
+            raise SpecError(f"a model spec must be an object, not {data!r}")
         known = [entry.name for entry in fields(cls)]
         problems = [unknown("key of a model spec", key, known) for key in data if key not in known]
         problems += [f"a model spec needs {key!r}" for key in ("stem", "layers") if key not in data]
@@ -89,7 +99,7 @@ class ModelSpec:
         out: Data = {}
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if entry.name in ("stem", "layers", "head") or value:
+            if entry.name in ("stem", "layers", "head") or value != _default(entry):
                 out[entry.name] = copy.deepcopy(value)
         return out
 
@@ -113,15 +123,19 @@ class SystemSpec:
     output: str = ""
 
     def __post_init__(self) -> None:
-        if not self.towers:
-            raise SpecError("a system needs at least one tower")
-        towers = {
-            name: tower if isinstance(tower, (str, ModelSpec)) else ModelSpec.from_dict(tower)
-            for name, tower in self.towers.items()
-        }
+        if not isinstance(self.towers, Mapping) or not self.towers:
+            raise SpecError("a system needs at least one tower: {'towers': {NAME: model spec}}")
+        problems: list[str] = []
+        towers: dict[str, Any] = {}
+        for name, tower in self.towers.items():
+            try:
+                towers[name] = tower if isinstance(tower, (str, ModelSpec)) else ModelSpec.from_dict(tower)
+            except SpecError as error:
+                problems += [f"tower {name!r}: {line}" for line in str(error).split("\n")]
+        if problems:
+            raise SpecError("\n".join(problems))
         object.__setattr__(self, "towers", towers)
         object.__setattr__(self, "output", self.output or list(towers)[-1])
-        problems = []
         before: list[str] = []
         for name, tower in towers.items():
             if isinstance(tower, str):
@@ -141,6 +155,8 @@ class SystemSpec:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SystemSpec:
+        if "towers" not in data:
+            raise SpecError("a system spec needs 'towers'")
         spare = [
             unknown("key of a system spec", key, ("towers", "output"))
             for key in data
@@ -160,6 +176,10 @@ class SystemSpec:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
+
+
+def _default(entry: Field) -> Any:
+    return entry.default if entry.default_factory is MISSING else entry.default_factory()
 
 
 def _load(text: str) -> Data:

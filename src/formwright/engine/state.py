@@ -78,14 +78,19 @@ class State:
 
     def take(self, rows: Tensor) -> State:
         """The chosen rows, which may repeat."""
-        return self._with({key: value[rows] for key, value in self.values.items()}, self.seen[rows])
+        made = self._with({key: value[rows] for key, value in self.values.items()}, self.seen[rows])
+        longest = int(made.seen.max()) if len(made.seen) else 0
+        for key in made.growing:
+            made.values[key] = made.values[key][:, max(0, made.values[key].shape[1] - longest) :]
+        return made
 
     def join(self, other: State) -> State:
-        """This state's rows and then the other's."""
+        """This state's rows and then the other's; one that is still fresh can be joined where all slots grow."""
         values = {}
-        for key, mine in self.values.items():
-            theirs = other.values[key]
-            if key in self.growing:
+        growing = {**self.growing, **other.growing}
+        for key in (*self.values, *(key for key in other.values if key not in self.values)):
+            mine, theirs = self._rows(key, other, growing), other._rows(key, self, growing)
+            if key in growing:
                 width = max(mine.shape[1], theirs.shape[1])
                 mine, theirs = (_widen(t, width) for t in (mine, theirs))
             elif mine.shape[1:] != theirs.shape[1:]:
@@ -93,7 +98,18 @@ class State:
                     f"states cannot be joined: {key} has shapes {tuple(mine.shape)} and {tuple(theirs.shape)}"
                 )
             values[key] = torch.cat((mine, theirs))
-        return self._with(values, torch.cat((self.seen, other.seen)))
+        joined = self._with(values, torch.cat((self.seen, other.seen)))
+        joined.growing = growing
+        return joined
+
+    def _rows(self, key: str, other: State, growing: Mapping[str, int | None]) -> Tensor:
+        """The values under ``key``, or none of the other's kind where this stream has none yet."""
+        if key in self.values:
+            return self.values[key]
+        if key not in growing:
+            raise Refusal(f"states cannot be joined: only one of them holds {key}, which is no growing slot")
+        theirs = other.values[key]
+        return theirs.new_zeros(len(self.seen), 0, *theirs.shape[2:])
 
     def truncate(self, lengths: Tensor) -> None:
         """Forget each row's tokens from ``lengths`` (B,) on. Only where every slot grows without a window."""

@@ -42,7 +42,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on ``device``."""
-        moved = {
+        moved: dict[str, Any] = {
             name: {key: value.to(device) for key, value in getattr(self, name).items()}
             for name in ("inputs", "lengths", "marks", "condition", "targets", "offsets")
         }
@@ -69,7 +69,7 @@ class Score:
 
 
 class View(Protocol):
-    """How a task sees a model: ``encode`` and ``outputs`` are given by models, ``generate`` and ``act`` by the engine."""
+    """How a task sees a model: models give ``encode`` and ``outputs``, the engine ``generate`` and ``act``."""
 
     def encode(self, batch: Batch) -> Tensor: ...
     def outputs(self, batch: Batch) -> Mapping[str, Tensor]: ...

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from formwright.kit.errors import FormwrightError, SpecError, unknown
-from formwright.models.items import Bare, Item, ItemList, Join, Loop, Reshape, Residual, Tap, Use, part_name
+from formwright.models.items import Bare, Block, Item, ItemList, Join, Loop, Reshape, Residual, Tap, Use, part_name
 from formwright.parts.base import initialise
-from formwright.parts.make import make, make_part
+from formwright.parts.make import bad_name, make, make_part
 from formwright.spec import ModelSpec, SystemSpec, spec_from
 
 ORDERS = ("pre", "post", "sandwich")
@@ -27,6 +27,9 @@ class Builder:
         self.spec = spec
         self.problems: list[str] = []
         self.shared = nn.ModuleDict()
+        #: Names tapped so far, with the width of the stream there; shared lists now being laid out.
+        self.taps: dict[str, int] = {}
+        self.open: list[str] = []
         self.shared_width: dict[str, tuple[int, int]] = {}
 
     def fill(self, holder: ItemList, nodes: list[Any], width: int, prefix: str, where: str) -> int:
@@ -38,20 +41,29 @@ class Builder:
             if not isinstance(node, Mapping):
                 self.problems.append(f"{place} must be an object, not {node!r}")
                 continue
-            if "repeat" in node:
-                times, inner = node.get("repeat"), node.get("layers")
-                spare = set(node) - {"repeat", "layers"}
-                if not isinstance(times, int) or times < 0 or not isinstance(inner, list) or spare:
-                    self.problems.append(f"{place} must be {{'repeat': N, 'layers': [...]}}")
-                    continue
-                for _ in range(times):
-                    for position, child in enumerate(inner):
-                        width = self._add(holder, child, width, prefix, block, taken, f"{place}.layers[{position}]")
-                    block += 1
-            else:
-                width = self._add(holder, node, width, prefix, block, taken, place)
+            rounds = self._rounds(node, place) if "repeat" in node else [[(place, node)]]
+            for children in rounds:
+                for child_place, child in children:
+                    width = self._add(holder, child, width, prefix, block, taken, child_place)
                 block += 1
         return width
+
+    def _rounds(self, node: Mapping[str, Any], place: str) -> list[list[tuple[str, Any]]]:
+        """(place, node) of every layer of each repetition; a repeat inside belongs to the block of the one outside."""
+        times, inner = node.get("repeat"), node.get("layers")
+        spare = set(node) - {"repeat", "layers"}
+        whole = isinstance(times, int) and not isinstance(times, bool) and times >= 0
+        if not whole or not isinstance(inner, list) or spare:
+            self.problems.append(f"{place} must be {{'repeat': N, 'layers': [...]}}")
+            return []
+        once: list[tuple[str, Any]] = []
+        for index, child in enumerate(inner):
+            below = f"{place}.layers[{index}]"
+            if isinstance(child, Mapping) and "repeat" in child:
+                once += [layer for block in self._rounds(child, below) for layer in block]
+            else:
+                once.append((below, child))
+        return [once] * times  # type: ignore[operator]
 
     def _add(
         self, holder: ItemList, node: Any, width: int, prefix: str, block: int, taken: set[str], where: str
@@ -62,8 +74,9 @@ class Builder:
             self.problems += [f"{where}: {line}" for line in str(error).split("\n")]
             return width
         name = node.get("id", name)
-        if not isinstance(name, str) or not name or "." in name or "@" in name:
-            self.problems.append(f"{where}: id {name!r} must be a word without '.' or '@'")
+        complaint = bad_name(name, Block())
+        if complaint:
+            self.problems.append(f"{where}: id {complaint}")
             return width
         local, count = f"b{block}.{name}", 2
         while local in taken:
@@ -99,8 +112,14 @@ class Builder:
             item.out_width = made.out_width
             return item, part_name(made)
         if form == "tap":
+            self.taps[str(node["tap"])] = width
             return Tap(str(node["tap"])), "tap"
         if form == "join":
+            tapped = self.taps.get(str(node["join"]))
+            if tapped is None:
+                raise SpecError(unknown("tap", str(node["join"]), self.taps) + "; a tap stands before its join")
+            if tapped != width:
+                raise SpecError(f"join {node['join']!r} was tapped at width {tapped}, and the stream has {width} here")
             return Join(str(node["join"]), make("combine", node.get("combine", "add"), width)), "join"
         if form == "loop":
             if not isinstance(node["loop"], int) or not isinstance(node.get("layers"), list):
@@ -133,10 +152,17 @@ class Builder:
         if name not in self.spec.shared:
             raise SpecError(unknown("shared list", name, self.spec.shared))
         if name not in self.shared:
+            if name in self.open:
+                raise SpecError(f"shared list {name!r} uses itself: {' > '.join([*self.open, name])}")
+            complaint = bad_name(name, self.shared)
+            if complaint:
+                raise SpecError(f"shared list {complaint}")
             nodes = self.spec.shared[name]
             nodes = nodes if isinstance(nodes, list) else [nodes]
             holder = ItemList()
+            self.open.append(name)
             after = self.fill(holder, nodes, width, f"shared.{name}.", f"shared.{name}")
+            self.open.pop()
             self.shared[name] = holder
             self.shared_width[name] = (width, after)
         before, after = self.shared_width[name]

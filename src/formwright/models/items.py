@@ -48,17 +48,34 @@ class Item(nn.Module):
         return shape
 
 
+def unpacked(value: Tensor, offsets: Tensor) -> Tensor:
+    """(1, T, ...) -> (documents, longest, ...), zeros in the padding."""
+    sizes = offsets.diff()
+    longest = int(sizes.max()) if len(sizes) else 0
+    valid = torch.arange(longest, device=value.device)[None] < sizes[:, None]
+    rows = value.new_zeros(len(sizes), longest, *value.shape[2:])
+    return rows.masked_scatter(valid.reshape(*valid.shape, *[1] * (value.dim() - 2)), value[0])
+
+
 def repacked(part: nn.Module, x: Tensor, ctx: Context) -> Tensor:
     """Run a part that does not take the packed layout: unpack, run padded, pack again."""
     assert ctx.offsets is not None
-    sizes = ctx.offsets.diff()
-    longest = int(sizes.max()) if len(sizes) else 0
-    places = torch.arange(longest, device=x.device)[None]
-    valid = places < sizes[:, None]
-    rows = x.new_zeros(len(sizes), longest, x.shape[-1])
-    rows = rows.masked_scatter(valid[..., None], x[0])
-    inner = ctx.replace(offsets=None, borders=None, lengths=sizes, positions=places.expand(len(sizes), -1))
-    return part(rows, inner)[valid][None]
+    offsets, sizes = ctx.offsets, ctx.offsets.diff()
+
+    def also(value: Tensor | None) -> Tensor | None:
+        return None if value is None else unpacked(value, offsets)
+
+    inner = ctx.replace(
+        offsets=None,
+        borders=None,
+        lengths=sizes,
+        positions=also(ctx.positions),
+        origin=also(ctx.origin),
+        coords=also(ctx.coords),
+        marks={name: unpacked(mark, offsets) for name, mark in ctx.marks.items()},
+    )
+    rows = unpacked(x, offsets)
+    return part(rows, inner)[inner.valid(rows)][None]
 
 
 class Residual(Item):
@@ -104,7 +121,7 @@ class Residual(Item):
         inner = ctx.at(self.local)
         seen = x if self.norm is None or self.order == "post" else self.norm(x)
         if hasattr(self.combine, "before"):
-            seen = self.combine.before(seen, inner)
+            seen = self.combine.before(seen, inner)  # type: ignore[operator]
         if inner.offsets is not None and not self.part.traits.packed:
             y = repacked(self.part, seen, inner)
         else:
@@ -119,7 +136,7 @@ class Residual(Item):
 
     def cost(self, shape: Shape) -> Cost:
         held = [m for m in (self.part, self.norm, self.norm_out, self.combine) if m is not None and hasattr(m, "cost")]
-        return cost_sum([module.cost(shape) for module in held])
+        return cost_sum([module.cost(shape) for module in held])  # type: ignore[operator]
 
 
 class Bare(Item):
@@ -201,7 +218,9 @@ class Loop(Item, ItemList):
         return self.items()
 
     def forward(self, x: Tensor, ctx: Context) -> tuple[Tensor, Context]:
-        rounds = int(ctx.knobs.get("loops", self.times))
+        rounds = ctx.knobs.get("loops", self.times)
+        if not isinstance(rounds, int) or rounds < 1:
+            raise SpecError(f"{self.id}: knob loops is a whole number of at least 1, not {rounds!r}")
         for index in range(rounds):
             inner = ctx.at(f"{self.local}@{index}")
             for item in self.items():
@@ -210,8 +229,16 @@ class Loop(Item, ItemList):
         return x, ctx
 
     def cost(self, shape: Shape) -> Cost:
-        each = cost_sum([item.cost(shape) for item in self.items()])
-        return Cost(each.parameters, each.macs * self.times, each.state_bytes * self.times)
+        total = Cost()
+        for index in range(self.times):
+            each, shape = run_cost(self.items(), shape)
+            total = total + (each if index == 0 else Cost(0, each.macs, each.state_bytes))
+        return total
+
+    def shape_after(self, shape: Shape) -> Shape:
+        for _ in range(self.times):
+            shape = run_cost(self.items(), shape)[1]
+        return shape
 
 
 class Use(Item):
@@ -236,8 +263,11 @@ class Use(Item):
         return x, inner.replace(path=ctx.path)
 
     def cost(self, shape: Shape) -> Cost:
-        each = cost_sum([item.cost(shape) for item in self.shared.items()])
+        each = run_cost(self.shared.items(), shape)[0]
         return Cost(0, each.macs, each.state_bytes)
+
+    def shape_after(self, shape: Shape) -> Shape:
+        return run_cost(self.shared.items(), shape)[1]
 
 
 class Tap(Item):
@@ -268,6 +298,15 @@ class Join(Item):
 
     def cost(self, shape: Shape) -> Cost:
         return self.combine.cost(shape)  # type: ignore[operator]
+
+
+def run_cost(items: Iterator[Item], shape: Shape) -> tuple[Cost, Shape]:
+    """The cost of ``items`` one after another, and the shape behind them."""
+    total = Cost()
+    for item in items:
+        total = total + item.cost(shape)
+        shape = item.shape_after(shape)
+    return total, shape
 
 
 def walk(items: Iterator[Item], seen: set[int] | None = None) -> Iterator[Item]:

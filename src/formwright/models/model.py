@@ -13,15 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from formwright.kit.errors import FormwrightError, Refusal, SpecError, unknown
+from formwright.kit.errors import DataError, FormwrightError, Refusal, SpecError, unknown
 from formwright.models.batch import EMPTY, Batch
 from formwright.models.build import Builder
-from formwright.models.items import Item, ItemList, Residual, describe, walk
+from formwright.models.items import Item, ItemList, Reshape, Residual, describe, run_cost, walk
 from formwright.models.text import TextFace
-from formwright.parts.base import Cost, LinearLike, Part, Shape, Slot, TableLike, cost_sum, linears, tables
+from formwright.parts.base import (
+    Cost,
+    LinearLike,
+    Part,
+    Shape,
+    Slot,
+    TableLike,
+    Traits,
+    cost_sum,
+    kind_of,
+    linears,
+    tables,
+)
 from formwright.parts.context import Context
 from formwright.parts.heads.pooling import Head
-from formwright.parts.make import make
+from formwright.parts.make import make, module_dict
 from formwright.spec import ModelSpec
 
 
@@ -47,27 +59,31 @@ class Model(TextFace, ItemList):
         self.history: list[Entry] = []
         self.name = ""
         builder = Builder(spec)
-        width = spec.width
+        width: int = spec.width if stem is None else stem.width  # type: ignore[assignment]
         self.stem = self._try(builder, "stem", lambda: stem or make("stem", self._stem_node(spec), width))
-        self.conditioners = nn.ModuleDict()
-        for name, node in spec.conditioners.items():
-            made = self._try(builder, f"conditioners.{name}", lambda node=node: make("conditioner", node, width))
-            if made is not None:
-                self.conditioners[name] = made
+        self.conditioners = self._named(builder, "conditioner", "conditioners", spec.conditioners, width)
         width = builder.fill(self, spec.layers, width, "", "layers")
         self.shared = builder.shared
         self.final_norm = None
         if spec.final_norm is not None:
             self.final_norm = self._try(builder, "final_norm", lambda: make("norm", spec.final_norm, width))
-        named = {"": spec.head} if "part" in spec.head else spec.head
-        self.heads = nn.ModuleDict()
-        for name, node in named.items():
-            made = self._try(builder, f"head.{name}" if name else "head", lambda node=node: make("head", node, width))
-            if made is not None:
-                self.heads[name or "out"] = made
-        builder.check()
+        if "part" in spec.head:
+            only = self._try(builder, "head", lambda: make("head", spec.head, width))
+            self.heads = nn.ModuleDict({} if only is None else {"out": only})
+        else:
+            self.heads = self._named(builder, "head", "head", spec.head, width)
         self.width = width
-        self.tie()
+        if not builder.problems:
+            self._try(builder, "head", self._tie_checked)
+        builder.check()
+
+    def _named(self, builder: Builder, kind: str, where: str, nodes: Mapping[str, Any], width: int) -> nn.ModuleDict:
+        made = {
+            name: self._try(builder, f"{where}.{name}", lambda node=node: make(kind, node, width))
+            for name, node in nodes.items()
+        }
+        held = {name: module for name, module in made.items() if module is not None}
+        return self._try(builder, where, lambda: module_dict(kind, held)) or nn.ModuleDict()
 
     @staticmethod
     def _stem_node(spec: ModelSpec) -> dict[str, Any]:
@@ -80,6 +96,12 @@ class Model(TextFace, ItemList):
         except FormwrightError as error:
             builder.problems += [f"{where}: {line}" for line in str(error).split("\n")]
             return None
+
+    def _tie_checked(self) -> None:
+        self.tie()
+        for head in self.heads.values():
+            if getattr(head, "tied", False):
+                head.check_width(self.width)  # type: ignore[operator]
 
     def tie(self) -> None:
         """Point tied heads at the stem's token table; after anything that replaces either."""
@@ -107,9 +129,8 @@ class Model(TextFace, ItemList):
         """What the model is now: id, block, kind and slots of every item."""
         found = []
         for item in self.walk():
-            kinds = {
-                name: getattr(type(slot), "registered", ("", type(slot).__name__))[1] for name, slot in linears(item)
-            }
+            held = () if isinstance(item, ItemList) else linears(_Flat.of(item))
+            kinds = {name: kind_of(slot) for name, slot in held}
             found.append({"id": item.id, "block": item.block, "is": describe(item), "slots": kinds})
         return found
 
@@ -146,11 +167,14 @@ class Model(TextFace, ItemList):
         if holder is None:
             raise SpecError(unknown("slot", address, [*self.slots(), *self.tables()]))
         *way, last = path.split(".")
-        if isinstance(holder, _Flat):
-            holder, way = holder.holder(path), way
-        for name in way:
-            holder = getattr(holder, name)
-        displaced = getattr(holder, last)
+        try:
+            if isinstance(holder, _Flat):
+                holder = holder.holder(path)
+            for name in way:
+                holder = getattr(holder, name)
+            displaced = getattr(holder, last)
+        except AttributeError:
+            raise SpecError(unknown("slot", address, [*self.slots(), *self.tables()])) from None
         setattr(holder, last, module)
         self.tie()
         return displaced
@@ -166,7 +190,7 @@ class Model(TextFace, ItemList):
                     for name, slot in part.slots().items():
                         found[f"{path}{below}.{name}"] = slot
                 if isinstance(item, ItemList):
-                    for index in range(item.times):  # type: ignore[attr-defined]
+                    for index in range(item.times):  # type: ignore[attr-defined, arg-type]
                         visit(item.held(), f"{path}@{index}.")
                 else:
                     visit(item.held(), f"{path}.")
@@ -183,12 +207,18 @@ class Model(TextFace, ItemList):
     @property
     def causal(self) -> bool:
         """Whether no output depends on a later input, from the declared traits."""
-        return all(part.traits.causal for _, part in self.parts())
+        return all(traits.causal for traits in self._traits())
 
     @property
     def streams(self) -> bool:
         """Whether it may be run call by call with a state."""
-        return all(part.traits.streams for _, part in self.parts())
+        return all(traits.streams for traits in self._traits())
+
+    def _traits(self) -> Iterator[Traits]:
+        for item in self.walk():
+            yield from (part.traits for _, part in item.parts())
+            if isinstance(item, Reshape):
+                yield item.reshape.traits  # type: ignore[misc]
 
     @property
     def device(self) -> torch.device:
@@ -213,10 +243,12 @@ class Model(TextFace, ItemList):
             if knob not in known:
                 raise SpecError(unknown("knob", knob, known))
         given = dict(context)
-        given.setdefault("lengths", batch.lengths.get(field))
-        given.setdefault("offsets", batch.offsets.get(field))
+        given.setdefault("lengths", _of_field(batch.lengths, field, "lengths"))
+        given.setdefault("offsets", _of_field(batch.offsets, field, "offsets"))
         for name in ("marks", "condition"):
             given[name] = {**getattr(batch, name), **given.get(name, EMPTY)}
+        if given.get("state") is not None:
+            self._check_stream(given)
         if given["offsets"] is not None:
             given["lengths"] = None
             given.setdefault("borders", tuple(given["offsets"].tolist()))
@@ -231,6 +263,17 @@ class Model(TextFace, ItemList):
         for name, conditioner in self.conditioners.items():
             ctx = conditioner(x, ctx, name)
         return x, ctx
+
+    def _check_stream(self, given: Mapping[str, Any]) -> None:
+        """A state changes nothing in a part that keeps none, so a model that does not stream refuses one."""
+        if given["offsets"] is not None:
+            raise SpecError("a stream takes the padded layout: give lengths instead of offsets")
+        if given["state"].fresh and not self.streams:
+            held = [id for id, part in self.parts() if not part.traits.streams]
+            held += [item.id for item in self.walk() if isinstance(item, Reshape) and not item.reshape.traits.streams]  # type: ignore[union-attr]
+            raise Refusal(
+                f"this model does not stream: {', '.join(held)} need whole sequences; call it without a state"
+            )
 
     def _rotary(self) -> bool:
         return any(getattr(part, "rotary", None) is not None for _, part in self.parts())
@@ -277,11 +320,11 @@ class Model(TextFace, ItemList):
     def forward(self, batch: Batch | Tensor, *, head: str | None = None, **context: Any) -> Any:
         """embed, run, read. With ``state=`` the stream moves on by this call's tokens."""
         x, ctx = self.embed(batch, **context)
+        fed = x.shape[1]
         x, ctx = self.run(x, ctx)
         out = self.read(x, ctx, head)
         if ctx.state is not None and not ctx.recompute:
-            tokens = self._batch(batch, context).inputs[self.stem.field()]
-            ctx.state.advance(ctx.lengths, tokens.shape[1])  # type: ignore[attr-defined]
+            ctx.state.advance(ctx.lengths, fed)  # type: ignore[attr-defined]
         return out
 
     def head(self, name: str | None = None) -> Head:
@@ -296,35 +339,43 @@ class Model(TextFace, ItemList):
 
     def cost(self, shape: Shape) -> Cost:
         """Parameters, multiply-accumulates and state bytes of a call of ``shape``, in closed form."""
-        total = self.stem.cost(shape) + cost_sum([made.cost(shape) for made in self.conditioners.values()])
-        for item in self.items():
-            total = total + item.cost(shape)
-            shape = item.shape_after(shape)
+        total = self.stem.cost(shape) + cost_sum([made.cost(shape) for made in self.conditioners.values()])  # type: ignore[operator]
+        layers, shape = run_cost(self.items(), self.stem.shape_after(shape))
+        total = total + layers
         for holder in self.shared.values():
             total = total + Cost(sum(item.cost(shape).parameters for item in holder.items()))  # type: ignore[operator]
         if self.final_norm is not None:
-            total = total + self.final_norm.cost(shape)
-        return total + cost_sum([head.cost(shape) for head in self.heads.values()])
+            total = total + self.final_norm.cost(shape)  # type: ignore[operator]
+        return total + cost_sum([head.cost(shape) for head in self.heads.values()])  # type: ignore[operator]
 
     def residuals(self) -> list[Residual]:
         """The residual items that still hold a part, in depth order: the sublayers that may be dropped."""
         return [item for item in self.walk() if isinstance(item, Residual) and not item.dropped]
 
 
+def _of_field(given: Mapping[str, Tensor], field: str, what: str) -> Tensor | None:
+    """The lengths or offsets of the stem's field, which may leave out the stem's name; unread ones are an error."""
+    for name in (field, field.rpartition(".")[2]):
+        if name in given:
+            return given[name]
+    if given:
+        raise DataError(f"{what} are given for {', '.join(given)}, and this model reads {field!r}")
+    return None
+
+
 class _Flat(nn.Module):
     """An item seen with its part's members at the top, so that ``b3.attention:q`` names the part's ``q``."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    _item: list[Item]  # in a list, so that it is no child
 
     @classmethod
     def of(cls, item: Item) -> _Flat:
         flat = cls()
-        flat._item = [item]  # type: ignore[assignment]
+        flat._item = [item]
         return flat
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:  # type: ignore[override]
-        item = self._item[0]  # type: ignore[index]
+        item = self._item[0]
         for name, child in item.named_children():
             if name in ("part", "reshape") and child is not None:
                 yield from child.named_children()
@@ -333,8 +384,8 @@ class _Flat(nn.Module):
                 yield name, child
 
     def holder(self, path: str) -> nn.Module:
-        item = self._item[0]  # type: ignore[index]
+        item = self._item[0]
         first = path.split(".")[0]
         if first in ("combine", "norm", "norm_out"):
             return item
-        return item.part if getattr(item, "part", None) is not None else item.reshape
+        return item.part if getattr(item, "part", None) is not None else item.reshape  # type: ignore[return-value]

@@ -7,7 +7,9 @@ the caller's order. A batch is run in pieces of about ``BUDGET`` tokens, so that
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -81,23 +83,13 @@ class TextFace:
                 "attach one: formwright apply MODEL head --kind mean-pool"
             )
         name = next(key for key, value in self.heads.items() if value is head)  # type: ignore[attr-defined]
-        training = self.training  # type: ignore[attr-defined]
-        self.eval()  # type: ignore[attr-defined]
-        try:
-            with torch.inference_mode():
-                return torch.cat([self(piece, head=name) for piece in pieces(self, batch)])  # type: ignore[operator]
-        finally:
-            self.train(training)  # type: ignore[attr-defined]
+        with reading(self):
+            return torch.cat([self(piece, head=name) for piece in pieces(self, batch)])  # type: ignore[operator]
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """What the heads say of a batch, without gradient: ``logits`` of the only head, or by name; padded rows."""
-        training = self.training  # type: ignore[attr-defined]
-        self.eval()  # type: ignore[attr-defined]
-        try:
-            with torch.inference_mode():
-                out = self(batch)  # type: ignore[operator]
-        finally:
-            self.train(training)  # type: ignore[attr-defined]
+        with reading(self):
+            out = self(batch)  # type: ignore[operator]
         return out if isinstance(out, dict) else {"logits": out}
 
     def predict(self, texts: Sequence[str], pairs: Sequence[str] | None = None, batch_size: int = 32) -> list[dict]:
@@ -114,12 +106,26 @@ class TextFace:
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
             batch = packed(self, [rows[i] for i in chosen], None if types is None else [types[i] for i in chosen])
-            with torch.inference_mode():
+            with reading(self):
                 logits = torch.cat([self(piece, head=name) for piece in pieces(self, batch)])  # type: ignore[operator]
             for index, probabilities in zip(chosen, logits.float().softmax(-1)):
                 best = int(probabilities.argmax())
                 found[index] = {"label": labels[best], "probability": float(probabilities[best])}
         return found
+
+
+@contextmanager
+def reading(model: Any) -> Iterator[None]:
+    """Inside, ``model`` is evaluated and keeps no gradient; every module is left in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def packed(model: Any, rows: list[list[int]], types: list[list[int]] | None = None) -> Batch:
@@ -148,6 +154,8 @@ def pieces(model: Any, batch: Batch) -> list[Batch]:
     """The batch packed and cut between documents into pieces of about ``BUDGET`` tokens."""
     if "tokens" not in batch.inputs or len(batch.inputs) > 1 + ("types" in batch.inputs):
         return [batch]
+    if batch.marks or batch.condition:  # these belong to rows or tokens, and are not cut
+        return [batch]
     if "tokens" not in batch.offsets:
         batch = to_packed(batch)
     borders = batch.offsets["tokens"].tolist()
@@ -158,7 +166,7 @@ def pieces(model: Any, batch: Batch) -> list[Batch]:
             last = index - 1
     cuts.append(len(borders) - 1)
     found = []
-    for first, stop in zip(cuts, cuts[1:]):
+    for first, stop in pairwise(cuts):
         if first == stop:
             continue
         a, b = borders[first], borders[stop]

@@ -40,9 +40,13 @@ class Traits:
 
 @dataclass(frozen=True)
 class Slot:
-    """One remembered tensor of a stream: its shape per row (per token for ``window`` and ``grow``) and its dtype."""
+    """One remembered tensor of a stream: its shape per row and its dtype (None: the model's).
 
-    kind: Literal["fixed", "window", "grow"]
+    The shape is per token of the stream for ``window`` and ``grow``, and per token of the memory read for ``memory``,
+    whose values are made by the first call and stay.
+    """
+
+    kind: Literal["fixed", "window", "grow", "memory"]
     shape: tuple[int, ...]
     dtype: torch.dtype | None = None
     window: int | None = None
@@ -172,6 +176,10 @@ class Part(nn.Module):
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         raise NotImplementedError
 
+    def furnish(self, ctx: Context, x: Tensor, generator: torch.Generator) -> Context:
+        """``ctx`` with random values for all that this part reads beside padded ``x``: for tests and tracing."""
+        return ctx
+
     def cost(self, shape: Shape, knobs: Mapping[str, Any] = EMPTY) -> Cost:
         """Default: its linears, tables and other parts, each token once."""
         return cost_sum([child.cost(shape) for _, child in costed(self)]) + own_parameters(self)
@@ -196,6 +204,12 @@ def own_parameters(module: nn.Module) -> Cost:
     return Cost(parameters=count)
 
 
+def element_bytes(module: nn.Module) -> int:
+    """Bytes of one activation or remembered value of ``module``, by its first floating-point tensor."""
+    held = (*module.parameters(), *module.buffers())
+    return next((t.element_size() for t in held if t.is_floating_point()), 4)
+
+
 def linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, LinearLike]]:
     """(name, slot) for every linear slot below ``module``, outermost wrapper first and never what it wraps."""
     for name, child in module.named_children():
@@ -204,6 +218,13 @@ def linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, LinearLi
             yield path, child
         else:
             yield from linears(child, path)
+
+
+def kind_of(slot: nn.Module) -> str:
+    """What a slot holds, wrappers from the outside in: ``dense``, ``lora(int8)``."""
+    name = getattr(type(slot), "registered", ("", type(slot).__name__.lower()))[1]
+    base = getattr(slot, "base", None)
+    return f"{name}({kind_of(base)})" if isinstance(base, LinearLike) else name
 
 
 def tables(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, TableLike]]:
@@ -235,5 +256,6 @@ def initialise(module: nn.Module, seed: int, prefix: str = "") -> None:
             if reset is not None:
                 reset(keyed_generator(seed, f"{prefix}.{name}" if prefix else name))
         for child in module.modules():
-            if hasattr(child, "settle"):
-                child.settle()
+            settle: Callable[[], None] | None = getattr(child, "settle", None)
+            if settle is not None:
+                settle()

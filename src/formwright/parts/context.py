@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -88,7 +89,7 @@ class Memory:
 
 @dataclass
 class Notes:
-    """What to record, and what was: ``want`` holds (path, name) pairs, ``got`` their tensors, ``losses`` extra losses."""
+    """What to record and what was: ``want`` holds (path, name) pairs, ``got`` their tensors, ``losses`` more losses."""
 
     want: set[tuple[str, str]] = field(default_factory=set)
     got: dict[tuple[str, str], Tensor] = field(default_factory=dict)
@@ -102,6 +103,7 @@ class StateLike(Protocol):
 
     @property
     def fresh(self) -> bool: ...
+    def fork(self) -> StateLike: ...
     def get(self, key: str) -> Tensor | None: ...
     def put(self, key: str, value: Tensor) -> None: ...
     def append(self, key: str, tokens: Tensor, lengths: Tensor | None, window: int | None) -> tuple[Tensor, Tensor]: ...
@@ -155,10 +157,16 @@ class Context:
             return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         return torch.arange(x.shape[1], device=x.device)[None] < self.lengths[:, None]
 
+    def clear(self, x: Tensor) -> Tensor:
+        """``x`` (B, L, ...) with zeros in the padding, so that nothing a mixer sums can come from there."""
+        if self.offsets is not None or self.lengths is None:
+            return x
+        return x.masked_fill(~self.valid(x).reshape(*x.shape[:2], *[1] * (x.dim() - 2)), 0.0)
+
     def spans(self) -> list[tuple[int, int]]:
         """(start, stop) of every document of the packed layout."""
         borders = self.borders if self.borders is not None else tuple(self.offsets.tolist())  # type: ignore[union-attr]
-        return list(zip(borders[:-1], borders[1:]))
+        return list(pairwise(borders))
 
     def place(self, x: Tensor) -> Tensor:
         """Absolute positions (B, L) of the tokens of ``x``: the stem's, or counted from what the state has seen."""
@@ -232,17 +240,21 @@ class Context:
         return found
 
     def with_leaves(self, tensors: list[Tensor | None]) -> Context:
-        """This context with :meth:`leaves` exchanged for ``tensors``, in the same order."""
+        """This context with :meth:`leaves` exchanged for ``tensors``, in the same order.
+
+        A recomputing context gets a fork of the state, since the stream itself must not move twice.
+        """
         rest = iter(tensors)
         memory = {name: replace(kept, x=next(rest)) for name, kept in self.memory.items()}  # type: ignore[arg-type]
         condition = {name: next(rest) for name in self.condition}
         streams = {name: next(rest) for name in self.streams}
-        if self.state is not None:
-            for name in self.state.leaves():
+        state = self.state.fork() if self.state is not None and self.recompute else self.state
+        if state is not None:
+            for name in list(state.leaves()):
                 value = next(rest)
                 if value is not None:
-                    self.state.put(name, value)
-        return replace(self, memory=memory, condition=condition, streams=streams)  # type: ignore[arg-type]
+                    state.put(name, value)
+        return replace(self, memory=memory, condition=condition, streams=streams, state=state)  # type: ignore[arg-type]
 
 
 def keyed_generator(seed: int, key: str) -> torch.Generator:

@@ -14,12 +14,18 @@ from torch import nn
 
 from formwright import registry
 from formwright.kit.errors import FormwrightError, SpecError, nearest
+from formwright.parts.base import Part
 
 
 def options_of(target: Any) -> dict[str, inspect.Parameter]:
     """The options a registered class takes besides its width."""
     signature = inspect.signature(target)
-    return {n: p for n, p in signature.parameters.items() if n not in ("self", "width", "in_width", "site")}
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {
+        n: p
+        for n, p in signature.parameters.items()
+        if n not in ("self", "width", "in_width", "site") and p.kind not in several
+    }
 
 
 def construct(target: Any, name: str, width: int, options: Mapping[str, Any]) -> Any:
@@ -28,7 +34,10 @@ def construct(target: Any, name: str, width: int, options: Mapping[str, Any]) ->
 
     known = options_of(target)
     problems = []
-    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    try:
+        hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except NameError:  # a plug-in whose annotations cannot be read is not checked by type
+        hints = {}
     values = {}
     for key, value in options.items():
         if key not in known:
@@ -73,7 +82,25 @@ def make_part(node: Mapping[str, Any] | str, width: int) -> Any:
     """A part of a layer list (mixer, channel or combinator) from ``{"part": NAME, options}``."""
     name, options = _node(node, "a part")
     target = registry.resolve_layer(name)
-    part = construct(target, name, width, options)
-    if not isinstance(part, nn.Module):
-        raise SpecError(f"{name} is a {type(part).__name__}, not a part")
-    return part
+    if not (inspect.isclass(target) and issubclass(target, Part)):
+        raise SpecError(f"{name} is {getattr(target, '__name__', target)!r}, which is no subclass of Part")
+    return construct(target, name, width, options)
+
+
+def module_dict(what: str, modules: Mapping[str, nn.Module]) -> nn.ModuleDict:
+    """Modules by the names that a spec gives them; a SpecError for names that cannot be part of a tensor's name."""
+    held = nn.ModuleDict()
+    problems = [f"{what} {complaint}" for name in modules if (complaint := bad_name(name, held))]
+    if problems:
+        raise SpecError("\n".join(problems))
+    held.update(modules)
+    return held
+
+
+def bad_name(name: Any, holder: nn.Module) -> str:
+    """Why ``holder`` cannot hold a module called ``name``; empty when it can."""
+    if not isinstance(name, str) or not name or set(name) & set("./@: "):
+        return f"{name!r} must be a word without any of . / @ : and blanks"
+    if hasattr(holder, name) and name not in holder._modules:
+        return f"{name!r} cannot be used: PyTorch modules have a member of that name; choose another"
+    return ""

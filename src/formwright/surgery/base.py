@@ -186,14 +186,15 @@ def surgery(name: str) -> Surgery:
     return made
 
 
-def plan(model: Any, name: str, evidence: Any = None, **options: Any) -> Plan:
-    """Decide what ``name`` would do to ``model``; nothing is changed. ``evidence``: texts, batches or ids it may run."""
+def plan(model: Any, name: str, /, evidence: Any = None, **options: Any) -> Plan:
+    """Decide what ``name`` would do to ``model``; nothing is changed. ``evidence``: texts, batches, ids."""
     return surgery(name).plan(model, evidence, **options)
 
 
 def apply(
     model: Any,
     plan_or_name: Plan | str,
+    /,
     evidence: Any = None,
     *,
     keep_undo: bool = False,
@@ -209,7 +210,8 @@ def apply(
     by = surgery(decided.surgery)
     if decided.version > by.version:
         raise Refusal(
-            f"the plan is of {decided.surgery} version {decided.version}, this library knows version {by.version}; upgrade"
+            f"the plan is of {decided.surgery} version {decided.version}, this library knows version {by.version}: "
+            "upgrade"
         )
     if decided.fingerprint and decided.fingerprint != layout_fingerprint(model):
         raise Refusal(
@@ -237,7 +239,7 @@ def undo_stack(model: Any) -> list[Displaced | None]:
 
 
 def undo(model: Any) -> Any:
-    """Take back the last surgery, in place. Additive surgeries always; others while their displaced modules are kept."""
+    """Take back the last surgery, in place. Additive ones always; others while their displaced modules are kept."""
     last = next((entry for entry in reversed(model.history) if entry.kind == "surgery"), None)
     if last is None:
         raise Refusal("there is no surgery to undo")
@@ -262,7 +264,8 @@ def replay(model: Any, entry: Entry) -> None:
     by = surgery(decided.surgery)
     if decided.version > by.version:
         raise Refusal(
-            f"this model was made by {decided.surgery} version {decided.version}; this library knows {by.version}: upgrade"
+            f"this model was made by {decided.surgery} version {decided.version}; this library knows {by.version}: "
+            "upgrade"
         )
     by.reshape(model, decided)
     model.history.append(entry)
@@ -329,7 +332,7 @@ def core(slot: LinearLike) -> LinearLike:
 
 
 def set_core(model: Any, address: str, module: LinearLike) -> LinearLike:
-    """Put ``module`` below the wrappers of a slot (or into the slot, where there are none); returns what it replaces."""
+    """Put ``module`` below the wrappers of a slot (into the slot where there are none); returns what it replaces."""
     slot = model.slot(address)
     below = core(slot)
     if below is slot:

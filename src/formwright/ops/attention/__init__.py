@@ -9,16 +9,16 @@ which happens for ``CHUNK`` queries at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from formwright.ops.attention.fused import fused_attention
 from formwright.ops.attention.reference import attention_reference
 from formwright.registry import Paper, register
 
-__all__ = ["attention", "attention_reference", "packed_attention"]
+__all__ = ["attention", "attention_reference", "blocks", "packed_attention"]
 
 #: Queries handled at once where a mask or bias has to be written out.
 CHUNK = 512
@@ -46,7 +46,8 @@ def attention(
     """q (B, L, H, D), k and v (B, S, G, D) -> (B, L, H, D).
 
     ``causal`` aligns the first query with the first key. ``mask`` and ``bias`` are asked for a block of queries and
-    keys at a time. ``window`` (only with equal positions of queries and keys) tells which keys a block can need.
+    keys at a time. ``window`` tells which keys a block can need: it is only for queries and keys of one sequence, whose
+    positions rise along it.
     """
     heads, groups = q.shape[2], k.shape[2]
     if groups != heads:
@@ -58,21 +59,27 @@ def attention(
     if length == 0 or total == 0 or q.shape[0] == 0:
         return q.new_zeros(q.shape[0], heads, length, v.shape[-1]).transpose(1, 2)
     if mask is None and bias is None:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal and length > 1, scale=scale)
-        return out.transpose(1, 2)
-    step = length if window is None and length <= 2 * CHUNK else CHUNK
-    pieces = []
-    for start in range(0, length, step):
-        rows = slice(start, min(start + step, length))
+        return fused_attention(q, k, v, None, causal and total > 1, scale).transpose(1, 2)
+    pieces = [
+        _block(q[:, :, rows], k[:, :, columns], v[:, :, columns], scale, causal, mask, bias, rows, columns)
+        for rows, columns in blocks(length, total, window, causal)
+    ]
+    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)).transpose(1, 2)
+
+
+def blocks(length: int, total: int, window: int | None, causal: bool) -> Iterator[tuple[slice, slice]]:
+    """The queries that are handled at once where a mask or bias is written out, and the keys that they can need."""
+    # A length that stays open while a graph is traced for export cannot be counted in blocks.
+    if isinstance(length, torch.SymInt) or (window is None and 0 < length <= 2 * CHUNK):
+        yield slice(0, length), slice(0, total)
+        return
+    for start in range(0, length, CHUNK):
+        rows = slice(start, min(start + CHUNK, length))
         first, last = 0, total
         if window is not None:
             first = max(0, rows.start - window + 1)
             last = min(total, rows.stop if causal else rows.stop + window - 1)
-        columns = slice(first, last)
-        pieces.append(
-            _block(q[:, :, rows], k[:, :, columns], v[:, :, columns], scale, causal, mask, bias, rows, columns)
-        )
-    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)).transpose(1, 2)
+        yield rows, slice(first, last)
 
 
 def _block(
@@ -95,14 +102,14 @@ def _block(
     if bias is None:
         assert seen is not None
         blind = ~seen.any(-1, keepdim=True)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen | blind, scale=scale)
+        out = fused_attention(q, k, v, seen | blind, False, scale)
     else:
         added = bias(rows, columns).to(q.dtype)
         if seen is None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale)
+            return fused_attention(q, k, v, added, False, scale)
         blind = ~seen.any(-1, keepdim=True)
         added = added.masked_fill(~(seen | blind), float("-inf"))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale)
+        out = fused_attention(q, k, v, added, False, scale)
     return out.masked_fill(blind, 0.0)
 
 

@@ -16,14 +16,14 @@ from formwright.parts.context import EMPTY, Context
 from formwright.registry import register
 
 
-def _joined(parts: list[Part]) -> Traits:
+def _joined(parts: list[Part], lookahead: int) -> Traits:
     """What holds for all of them holds for the whole."""
     order = ("exact", "piecewise", "surrogate", "none")
     lengths = [p.traits.length for p in parts if p.traits.length != "any"]
     return Traits(
         causal=all(p.traits.causal for p in parts),
         streams=all(p.traits.streams for p in parts),
-        lookahead=sum(p.traits.lookahead for p in parts),
+        lookahead=lookahead,
         gradient=max((p.traits.gradient for p in parts), key=order.index),
         statistics=any(p.traits.statistics for p in parts),
         selects=any(p.traits.selects for p in parts),
@@ -41,9 +41,13 @@ class _Several(Part):
             raise SpecError("a combinator needs at least one part")
         self.parts = nn.ModuleList(make_part(node, width) for node in parts)
         held: list[Part] = list(self.parts)  # type: ignore[arg-type]
-        self.traits = _joined(held)
+        self.traits = _joined(held, self.reach([part.traits.lookahead for part in held]))
         self.reads = tuple(name for part in held for name in part.reads)
         self.writes = tuple(name for part in held for name in part.writes)
+
+    def reach(self, lookaheads: list[int]) -> int:
+        """How far the whole looks ahead, from how far each part does."""
+        return sum(lookaheads)
 
     def slots(self) -> dict[str, Slot]:
         return {
@@ -51,6 +55,11 @@ class _Several(Part):
             for index, part in enumerate(self.parts)
             for name, slot in part.slots().items()  # type: ignore[operator]
         }
+
+    def furnish(self, ctx: Context, x: Tensor, generator: torch.Generator) -> Context:
+        for part in self.parts:
+            ctx = part.furnish(ctx, x, generator)  # type: ignore[operator]
+        return ctx
 
     def cost(self, shape: Shape, knobs=EMPTY) -> Cost:
         return cost_sum([part.cost(shape, knobs) for part in self.parts])  # type: ignore[operator]
@@ -81,6 +90,7 @@ class Parallel(_Several):
             "parts": [{"part": "mlp", "hidden": 16}, {"part": "attention", "heads": 2, "causal": True}],
             "fuse": "weighted",
         },
+        {"parts": [{"part": "mlp", "hidden": 16}, {"part": "gated-mlp", "hidden": 8}], "fuse": "mean"},
     )
 
     def __init__(self, width: int, *, parts: list[dict], fuse: Literal["sum", "mean", "weighted"] = "sum") -> None:
@@ -89,6 +99,9 @@ class Parallel(_Several):
             raise SpecError(f"parallel: fuse {fuse!r} is none of sum, mean, weighted")
         self.fuse = fuse
         self.logits = nn.Parameter(torch.empty(len(parts))) if fuse == "weighted" else None
+
+    def reach(self, lookaheads: list[int]) -> int:
+        return max(lookaheads)
 
     def reset(self, generator: torch.Generator) -> None:
         if self.logits is not None:

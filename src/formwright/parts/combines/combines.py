@@ -28,6 +28,10 @@ class Combine(nn.Module):
     def before(self, x: Tensor, ctx: Context) -> Tensor:
         return x
 
+    def furnish(self, ctx: Context, x: Tensor, generator: torch.Generator) -> Context:
+        """``ctx`` with random values for all that this reads beside the stream: for tests and tracing."""
+        return ctx
+
     def forward(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
         raise NotImplementedError
 
@@ -96,6 +100,11 @@ class Modulated(Combine):
         """After all resets: zero, so that a new layer begins as the identity."""
         for parameter in self.modulation.parameters():
             parameter.zero_()
+
+    def furnish(self, ctx: Context, x: Tensor, generator: torch.Generator) -> Context:
+        shape = (len(x), self.modulation.in_features)
+        made = torch.randn(shape, generator=generator, dtype=torch.float64).to(x)
+        return ctx.replace(condition={**ctx.condition, self.source: made})
 
     def _parts(self, x: Tensor, ctx: Context) -> tuple[Tensor, ...]:
         if self.source not in ctx.condition:

@@ -25,9 +25,9 @@ from formwright.registry import register
 class Transform(nn.Module):
     """act(dense(x)), then a norm where given: what stands between the body and the last linear of many heads."""
 
-    def __init__(self, width: int, to: int, activation: str, norm: dict | str | None = None) -> None:
+    def __init__(self, width: int, to: int, activation: str, norm: dict | str | None = None, bias: bool = True) -> None:
         super().__init__()
-        self.dense = Dense(width, to, True, "transform")
+        self.dense = Dense(width, to, bias, "transform")
         self.activation = activation_named(activation)
         self.norm = None if norm is None else make("norm", norm, to)
 
@@ -40,13 +40,20 @@ class Transform(nn.Module):
 
 
 def read_transform(options: dict[str, Any] | None, width: int) -> Transform | None:
-    """{"width", "activation", "norm"} or None."""
+    """{"width", "activation", "norm", "bias"} or None."""
     if options is None:
         return None
-    spare = set(options) - {"width", "activation", "norm"}
+    known = ("width", "activation", "norm", "bias")
+    spare = set(options) - set(known)
     if spare:
-        raise SpecError(f"transform has unknown options {', '.join(sorted(spare))} (known: width, activation, norm)")
-    return Transform(width, options.get("width", width), options.get("activation", "tanh"), options.get("norm"))
+        raise SpecError(f"transform has unknown options {', '.join(sorted(spare))} (known: {', '.join(known)})")
+    return Transform(
+        width,
+        options.get("width", width),
+        options.get("activation", "tanh"),
+        options.get("norm"),
+        options.get("bias", True),
+    )
 
 
 @register("head", "lm", summary="logits over the vocabulary, tied to the stem or not")
@@ -92,6 +99,16 @@ class LanguageModel(Head):
         if self.wants_bias and self.bias is None:
             self.bias = nn.Parameter(torch.empty(table.rows))
 
+    def check_width(self, width: int) -> None:
+        """SpecError where states of ``width`` do not meet the rows of the table."""
+        brought = width if self.transform is None else self.transform.dense.out_features
+        brought = brought if self.project is None else self.project.out_features
+        if self.table is not None and self.table.width != brought:
+            raise SpecError(
+                f"the table has width {self.table.width} and the states before the last product {brought}; "
+                f"add project={self.table.width}"
+            )
+
     def reset(self, generator: torch.Generator) -> None:
         if self.bias is not None:
             self.bias.zero_()
@@ -124,7 +141,7 @@ class LanguageModel(Head):
 
 @register("head", "sequence-classifier", summary="one label a row")
 class SequenceClassifier(Head):
-    """(B, classes) logits from the pooled row. ``transform`` as in BERT's pooler; ``dropout`` before the last linear."""
+    """(B, classes) logits of the pooled row. ``transform`` as in BERT's pooler; ``dropout`` before the last linear."""
 
     kind = "sequence"
     examples = ({"classes": 3}, {"classes": 4, "pool": "mean", "transform": {"activation": "tanh"}})
@@ -159,35 +176,53 @@ class SequenceClassifier(Head):
 class Regression(SequenceClassifier):
     """(B, outputs) real values from the pooled row."""
 
+    kind = "values"
     examples = ({"outputs": 2}, {"outputs": 1, "pool": "mean"})
 
     def __init__(
-        self, width: int, *, outputs: int = 1, pool: Pool = "first", transform: dict[str, Any] | None = None
+        self,
+        width: int,
+        *,
+        outputs: int = 1,
+        pool: Pool = "first",
+        transform: dict[str, Any] | None = None,
+        dropout: float = 0.0,
+        bias: bool = True,
     ) -> None:
-        super().__init__(width, classes=outputs, pool=pool, transform=transform)
+        super().__init__(width, classes=outputs, pool=pool, transform=transform, dropout=dropout, bias=bias)
 
 
 @register("head", "token-classifier", summary="one label a token")
 class TokenClassifier(Head):
-    """(B, L, classes) logits."""
+    """(B, L, classes) logits. ``transform`` as in ELECTRA's discriminator, whose single class is "was replaced"."""
 
     kind = "tokens"
-    examples = ({"classes": 5},)
+    examples = ({"classes": 5}, {"classes": 1, "transform": {"activation": "gelu"}})
 
     def __init__(
-        self, width: int, *, classes: int, dropout: float = 0.0, bias: bool = True, labels: list[str] | None = None
+        self,
+        width: int,
+        *,
+        classes: int,
+        transform: dict[str, Any] | None = None,
+        dropout: float = 0.0,
+        bias: bool = True,
+        labels: list[str] | None = None,
     ) -> None:
         super().__init__()
         if classes < 1 or (labels is not None and len(labels) != classes):
             raise SpecError(f"classes={classes} must be at least 1 and equal the number of labels")
         self.rate, self.labels = dropout, labels
-        self.out = Dense(width, classes, bias, "out")
+        self.transform = read_transform(transform, width)
+        inner = width if self.transform is None else self.transform.dense.out_features
+        self.out = Dense(inner, classes, bias, "out")
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        x = x if self.transform is None else self.transform(x, ctx)
         return self.out(dropout(x, self.rate, ctx.at("head"), self.training, "dropout"), ctx)
 
     def cost(self, shape: Shape) -> Cost:
-        return self.out.cost(shape)
+        return cost_sum([child.cost(shape) for _, child in costed(self)])
 
 
 @register("head", "pair", summary="one label for two neighbouring rows")
@@ -215,12 +250,20 @@ class Pair(Head):
 
 @register("head", "states", summary="the last states themselves")
 class States(Head):
-    """(B, L, W): what the body says, unread; for base models and towers that are only cross-attended."""
+    """(B, L, W): what the body says, unread; for base models and towers that are only cross-attended.
+
+    ``transform`` as in OPT, whose states leave in the width of its token table.
+    """
 
     kind = "states"
+    examples = ({}, {"transform": {"width": 16, "activation": "identity", "bias": False}})
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, transform: dict[str, Any] | None = None) -> None:
         super().__init__()
+        self.transform = read_transform(transform, width)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        return x
+        return x if self.transform is None else self.transform(x, ctx)
+
+    def cost(self, shape: Shape) -> Cost:
+        return cost_sum([child.cost(shape) for _, child in costed(self)])

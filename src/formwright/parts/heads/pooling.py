@@ -23,16 +23,16 @@ def pool(x: Tensor, ctx: Context, how: str) -> Tensor:
     """(B, L, W) or packed (1, T, W) -> (B, W). An empty row gives zeros."""
     if ctx.offsets is not None:
         sizes = ctx.offsets.diff()
-        filled = (sizes > 0)[:, None].to(x.dtype)
+        filled = (sizes > 0)[:, None]
         if how == "mean":
             return torch.segment_reduce(x[0], "sum", lengths=sizes) / sizes.clamp(min=1)[:, None]
         if how == "max":
             most = torch.segment_reduce(x[0], "max", lengths=sizes)
-            return torch.where(filled.bool(), most, 0.0)
+            return torch.where(filled, most, 0.0)
         if x.shape[1] == 0:
             return x.new_zeros(len(sizes), x.shape[2])
         index = ctx.offsets[:-1] if how == "first" else ctx.offsets[1:] - 1
-        return x[0, index.clamp(0, x.shape[1] - 1)] * filled
+        return torch.where(filled, x[0, index.clamp(0, x.shape[1] - 1)], 0.0)
     if x.shape[1] == 0:
         return x.new_zeros(x.shape[0], x.shape[2])
     if ctx.lengths is None:
@@ -40,17 +40,17 @@ def pool(x: Tensor, ctx: Context, how: str) -> Tensor:
             return x.mean(1)
         return x.amax(1) if how == "max" else x[:, 0 if how == "first" else -1]
     valid = ctx.valid(x)[..., None]
-    filled = (ctx.lengths > 0)[:, None].to(x.dtype)
+    filled = (ctx.lengths > 0)[:, None]
     if how == "mean":
         return torch.where(valid, x, 0.0).sum(1) / ctx.lengths.clamp(min=1)[:, None]
     if how == "max":
-        return x.masked_fill(~valid, float("-inf")).amax(1).masked_fill(~filled.bool(), 0.0)
+        return x.masked_fill(~valid, float("-inf")).amax(1).masked_fill(~filled, 0.0)
     index = torch.zeros_like(ctx.lengths) if how == "first" else (ctx.lengths - 1).clamp(min=0)
-    return x[torch.arange(len(x), device=x.device), index] * filled
+    return torch.where(filled, x[torch.arange(x.shape[0], device=x.device), index], 0.0)
 
 
 class Head(nn.Module):
-    """forward(x, ctx) -> what the model says. ``kind``: vectors, tokens, sequence, or pair."""
+    """forward(x, ctx) -> what the model says. ``kind``: vectors, tokens, sequence, values, pair or states."""
 
     kind: str = "vectors"
     examples: tuple[dict, ...] = ({},)

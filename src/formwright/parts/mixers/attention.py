@@ -16,9 +16,21 @@ import torch
 from torch import Tensor
 
 from formwright.kit.errors import SpecError, unknown
-from formwright.ops.attention import attention, attention_reference, packed_attention
-from formwright.parts.base import Cost, Part, Shape, Slot, Traits, cost_sum, costed, dropout, project
-from formwright.parts.context import EMPTY, Context, Visible
+from formwright.ops.attention import attention, attention_reference, blocks, packed_attention
+from formwright.parts.base import (
+    Cost,
+    Part,
+    Shape,
+    Slot,
+    Traits,
+    cost_sum,
+    costed,
+    dropout,
+    element_bytes,
+    own_parameters,
+    project,
+)
+from formwright.parts.context import EMPTY, Context, Memory, Visible
 from formwright.parts.linears.dense import Dense
 from formwright.parts.norms.norms import LayerNorm, RMSNorm
 from formwright.parts.positions import alibi_slopes, check_rotary, rotary_angles, rotate
@@ -39,7 +51,7 @@ class Attention(Part):
         distance: {"kind": "alibi"} or {"kind": "relative", "table": name of the conditioner that holds it}.
         qk_norm: "rmsnorm" or "layernorm" over each head's entries, before rotary.
         scale: of the scores; default head_width ** -0.5.
-        memory: name of the tower to cross-attend, with ``memory_width`` (default W).
+        memory: name of the tower to cross-attend, with ``memory_width`` (default W); takes no rule and no distance.
         dropout: rate on the output of ``o`` while training.
     """
 
@@ -54,6 +66,8 @@ class Attention(Part):
             "rotary": {"width": 8, "interleaved": True, "scaling": {"kind": "linear", "factor": 2.0}},
             "qk_norm": "layernorm",
         },
+        {"heads": 2, "causal": True, "distance": {"kind": "relative"}},
+        {"heads": 4, "kv_heads": 2, "memory": "encoder", "memory_width": 20, "qk_norm": "rmsnorm"},
     )
 
     def __init__(
@@ -89,6 +103,11 @@ class Attention(Part):
         if distance is not None and distance.get("kind") not in DISTANCES:
             raise SpecError(unknown("distance", str(distance.get("kind")), DISTANCES))
         head = width // heads if head_width is None else head_width
+        turned = head if rotary is None else rotary.get("width") or head
+        if turned > head or (rotary is not None and turned % 2):
+            raise SpecError(f"rotary turns pairs of a head's {head} entries, so its width cannot be {turned}")
+        if memory is not None and (causal or window is not None or rotary is not None or distance is not None):
+            raise SpecError("cross-attention takes no causal, window, rotary or distance: a memory has no order here")
         self.head_width, self.scale, self.rate, self.memory = head, scale, dropout, memory
         self.rule = Visible(causal=causal, window=window)
         self.rotary, self.distance = rotary, distance
@@ -101,7 +120,7 @@ class Attention(Part):
         self.q_norm = norm[qk_norm](head, qk_norm_eps) if qk_norm else None
         self.k_norm = norm[qk_norm](head, qk_norm_eps) if qk_norm else None
         streams = causal or memory is not None
-        self.traits = Traits(causal=streams, streams=streams)
+        self.traits = Traits(causal=streams, streams=streams, packed=memory is None)
         self.axes = {
             "q": ("heads*head", "stream"),
             "k": ("kv_heads*head", "memory" if memory else "stream"),
@@ -124,15 +143,29 @@ class Attention(Part):
     def slots(self) -> dict[str, Slot]:
         shape = (self.kv_heads, self.head_width)
         if self.memory is not None:
-            return {"k": Slot("fixed", shape), "v": Slot("fixed", shape)}
+            return {name: Slot("memory", shape) for name in ("k", "v")}
         if not self.rule.causal:
             return {}
         kind: Literal["window", "grow"] = "grow" if self.rule.window is None else "window"
         return {name: Slot(kind, shape, window=self.rule.window) for name in ("k", "v")}
 
+    def furnish(self, ctx: Context, x: Tensor, generator: torch.Generator) -> Context:
+        def values(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(x)
+
+        if self.memory is not None:
+            lengths = torch.randint(0, 7, (len(x),), generator=generator).to(x.device)
+            made = Memory(values(len(x), 6, self.k.in_features), lengths)
+            return ctx.replace(memory={**ctx.memory, self.memory: made})
+        if self.distance is not None and self.distance["kind"] == "relative":
+            table = values(self.heads, 2 * max(x.shape[1], 1) - 1)
+            return ctx.replace(condition={**ctx.condition, self.reads[0]: table})
+        return ctx
+
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         if self.memory is not None:
             return self._finish(self._cross(x, ctx), ctx)
+        x = ctx.clear(x)
         q, k, v = (t.unflatten(-1, (-1, self.head_width)) for t in project([self.q, self.k, self.v], x, ctx))
         q, k = self._prepare(q, k, x, ctx)
         rule = self.rule & ctx.visible
@@ -170,11 +203,14 @@ class Attention(Part):
 
         def relative(rows: slice, columns: slice) -> Tensor:
             gap = keys[:, None, columns] - queries[:, rows, None]
-            return table[:, gap + reach - 1].transpose(0, 1)
+            # Places that hold no token lie outside the table; they are never seen.
+            return table[:, (gap + reach - 1).clamp(0, table.shape[1] - 1)].transpose(0, 1)
 
         return relative
 
     def _packed(self, q: Tensor, k: Tensor, v: Tensor, rule: Visible, ctx: Context) -> Tensor:
+        if ctx.state is not None:
+            raise SpecError(f"{ctx.path}: attention streams in the padded layout; give lengths instead of offsets")
         spans = ctx.spans()
         longest = max((stop - start for start, stop in spans), default=0)
         steps = torch.arange(longest, device=q.device)[None]
@@ -222,12 +258,15 @@ class Attention(Part):
 
     def _padded(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rule: Visible, ctx: Context) -> Tensor:
         places = ctx.place(x)
-        started = ctx.state is not None and not ctx.state.fresh
+        past = None if ctx.state is None else ctx.state.get(f"{ctx.path}.k")
+        started = past is not None and past.shape[1] > 0
+        if started and rule.segments is not None:
+            raise SpecError(f"{ctx.path}: rules of segments need whole sequences, so this call cannot go on a stream")
         keys = torch.where(ctx.valid(x), places, -1) if ctx.lengths is not None else places
         if ctx.state is not None and self.slots():
             all_k, all_places = ctx.append("k", k, rule.window)
             all_v, _ = ctx.append("v", v, rule.window)
-            if started:  # a first call sees only its own tokens, which need no mask beyond the rule
+            if started:  # otherwise a call sees only its own tokens, which need no mask beyond the rule
                 k, v, keys = all_k, all_v, all_places
         plain = rule.simple and not started and self.distance is None
         if ctx.wants("probs"):
@@ -267,7 +306,7 @@ class Attention(Part):
             causal=rule.causal,
             mask=mask,
             bias=self._bias(ctx, places, keys),
-            window=rule.window if near and ctx.positions is None else None,
+            window=rule.window if near else None,
         )
 
     def _cross(self, x: Tensor, ctx: Context) -> Tensor:
@@ -277,40 +316,48 @@ class Attention(Part):
         memory = ctx.memory[self.memory]
         q = self.q(x, ctx).unflatten(-1, (-1, self.head_width))
 
-        def made(slot) -> Tensor:
-            return slot(memory.x, ctx).unflatten(-1, (-1, self.head_width))
+        source = Context(lengths=memory.lengths).clear(memory.x)
 
-        k, v = ctx.slot("k", lambda: made(self.k)), ctx.slot("v", lambda: made(self.v))
+        def made(slot: Any, norm: Any = None) -> Tensor:
+            heads = slot(source, ctx).unflatten(-1, (-1, self.head_width))
+            return heads if norm is None else norm(heads)
+
+        q = q if self.q_norm is None else self.q_norm(q)
+        k, v = ctx.slot("k", lambda: made(self.k, self.k_norm)), ctx.slot("v", lambda: made(self.v))
         ctx.keep("k", k)
         ctx.keep("v", v)
-        if ctx.offsets is not None:
-            raise SpecError(f"{ctx.path}: cross-attention needs the padded layout")
+        seen = None
+        if memory.lengths is not None:
+            seen = (torch.arange(k.shape[1], device=x.device)[None] < memory.lengths[:, None])[:, None]
         if ctx.wants("probs"):
-            seen = None
-            if memory.lengths is not None:
-                seen = (torch.arange(k.shape[1], device=x.device)[None] < memory.lengths[:, None])[:, None]
-                seen = seen.expand(-1, q.shape[1], -1)
-            ctx.note("probs", attention_reference(q, k, v, scale=self.scale, seen=seen)[1])
-        if memory.lengths is None:
+            everyone = None if seen is None else seen.expand(-1, q.shape[1], -1)
+            ctx.note("probs", attention_reference(q, k, v, scale=self.scale, seen=everyone)[1])
+        if seen is None:
             return attention(q, k, v, scale=self.scale)
-        seen = (torch.arange(k.shape[1], device=x.device)[None] < memory.lengths[:, None])[:, None]
         return attention(q, k, v, scale=self.scale, mask=lambda rows, columns: seen[:, :, columns])
 
     def _finish(self, out: Tensor, ctx: Context) -> Tensor:
         return dropout(self.o(out.flatten(2), ctx), self.rate, ctx, self.training, "dropout")
 
     def cost(self, shape: Shape, knobs: Mapping[str, Any] = EMPTY) -> Cost:
-        per_key = 2 * self.heads * self.head_width
-        total = cost_sum([child.cost(shape) for _, child in costed(self)])
+        per_pair, each = 2 * self.heads * self.head_width, 2 * self.kv_heads * self.head_width * element_bytes(self)
+        held = cost_sum([child.cost(shape) for _, child in costed(self)]) + own_parameters(self)
         if self.memory is not None:
-            rows = len(shape.lengths)
-            source = Shape.full(rows, shape.memory)
-            total = cost_sum([s.cost(shape) for s in (self.q, self.o)] + [s.cost(source) for s in (self.k, self.v)])
-            kept = 2 * rows * shape.memory * self.kv_heads * self.head_width
-            return total + Cost(0, per_key * shape.tokens * shape.memory, kept * 4)
-        pairs = sum(length * (length + shape.past) for length in shape.lengths)
-        kept_tokens = sum(length + shape.past for length in shape.lengths)
-        if self.rule.window is not None:
-            kept_tokens = sum(min(length + shape.past, self.rule.window) for length in shape.lengths)
-        state = 2 * kept_tokens * self.kv_heads * self.head_width * 4 if self.slots() else 0
-        return total + Cost(0, per_key * pairs, state)
+            # Keys and values of the memory are made by the first call of a stream.
+            read = Shape.full(len(shape.lengths), 0 if shape.past else shape.memory)
+            slots = [slot.cost(shape) for slot in (self.q, self.o)] + [slot.cost(read) for slot in (self.k, self.v)]
+            macs = sum(cost.macs for cost in slots) + per_pair * shape.tokens * shape.memory
+            return Cost(held.parameters, macs, each * len(shape.lengths) * shape.memory)
+        pairs = sum(self._pairs(length, shape.past) for length in shape.lengths)
+        kept = sum(self._kept(length + shape.past) for length in shape.lengths) if self.slots() else 0
+        return held + Cost(0, per_pair * pairs, each * kept)
+
+    def _kept(self, tokens: int) -> int:
+        return tokens if self.rule.window is None else min(tokens, self.rule.window)
+
+    def _pairs(self, length: int, past: int) -> int:
+        """Products of a query and a key; a window spares those that no block of queries can need."""
+        if past or self.rule.window is None:
+            return length * (length + (self._kept(past) if self.slots() else 0))
+        found = blocks(length, length, self.rule.window, self.rule.causal)
+        return sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in found)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from formwright.kit.errors import SpecError
-from formwright.parts.base import Cost, Shape, cost_sum, costed
+from formwright.parts.base import Cost, Shape, Traits, cost_sum, costed
 from formwright.parts.context import Context
 from formwright.parts.linears.dense import Dense
 from formwright.registry import register
@@ -20,6 +20,7 @@ class Reshaper(nn.Module):
     """forward(x, ctx) -> (x, ctx) of another shape; ``out_width`` of the stream; ``shape_after`` for costs."""
 
     out_width: int
+    traits: Traits = Traits()
     examples: tuple[dict, ...] = ({},)
 
     def shape_after(self, shape: Shape) -> Shape:
@@ -58,10 +59,9 @@ class Shorten(Reshaper):
             count = torch.zeros(total, dtype=x.dtype, device=x.device).index_add(0, group, x.new_ones(x.shape[1]))
             pooled = x.new_zeros(total, x.shape[2]).index_add(0, group, x[0]) / count[:, None]
             return pooled[None], ctx.replace(offsets=offsets, borders=None, positions=None, origin=None, grid=None)
-        batch, length, width = x.shape
-        spare = -length % self.by
+        spare = -x.shape[1] % self.by
         valid = ctx.valid(x).to(x.dtype)[..., None]
-        x, valid = (nn.functional.pad(t, (0, 0, 0, spare)) for t in (x * valid, valid))
+        x, valid = (nn.functional.pad(t, (0, 0, 0, spare)) for t in (ctx.clear(x), valid))
         total = x.unflatten(1, (-1, self.by)).sum(2)
         count = valid.unflatten(1, (-1, self.by)).sum(2).clamp(min=1)
         lengths = None if ctx.lengths is None else (ctx.lengths + self.by - 1) // self.by
@@ -72,6 +72,7 @@ class Shorten(Reshaper):
 class Resize(Reshaper):
     """(B, L, W) -> (B, L, to); slot ``resize`` (to, W)."""
 
+    traits = Traits(causal=True, streams=True)
     examples = ({"to": 24},)
 
     def __init__(self, width: int, *, to: int, bias: bool = True) -> None:

@@ -61,7 +61,10 @@ class Patches(Stem):
         cut = pixels.unflatten(3, (-1, self.side)).unflatten(2, (-1, self.side))
         cut = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         x = torch.cat((self.special.expand(len(cut), -1, -1), self.patch(cut, ctx)), 1) + self.places
-        return x, ctx.replace(grid=self.grid, prefix=self.special.shape[0], lengths=None)
+        return x, ctx.replace(grid=self.grid, prefix=self.special.shape[0], lengths=None, positions=None)
+
+    def shape_after(self, shape: Shape) -> Shape:
+        return Shape((self.places.shape[0],) * len(shape.lengths), shape.past, shape.memory)
 
     def cost(self, shape: Shape) -> Cost:
         each = Shape.full(len(shape.lengths), self.grid[0] * self.grid[1])

