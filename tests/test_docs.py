@@ -69,13 +69,13 @@ def with_python() -> list[Path]:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     yield tmp_path
 
 
 @pytest.mark.parametrize("page", with_python(), ids=name_of)
-def test_python_runs(page: Path, workplace: Path) -> None:
+def test_python_runs(page: Path, folder: Path) -> None:
     """The blocks of a page, in order, in one namespace: a reader may type them one after another."""
     space: dict[str, Any] = {"__name__": f"page_{page.stem}"}
     module = ModuleType(space["__name__"])
@@ -154,15 +154,26 @@ def test_the_check_of_commands_would_notice(tmp_path: Path) -> None:
         parser("slim").make_context("slim", ["m", "--tsak", "lm/stdlib"])
 
 
-def test_task_names_in_commands_exist() -> None:
-    known = registry.names("task")
+#: Option -> the kind of the names it takes.
+NAMED = {"--task": "task", "--recipe": "recipe", "--format": "export"}
+#: Verb -> (the kind, the place) of an argument that is a registered name.
+PLACES = {"plan": ("surgery", 1), "apply": ("surgery", 2), "prove": ("proof", 1)}
+
+
+def test_names_in_commands_exist() -> None:
+    problems = []
     for page in PAGES:
         for line, words in commands(page):
-            for word, value in itertools.pairwise(words):
-                if word == "--task" and not registry.is_path(value):
-                    assert value in known, f"{page.name}:{line}: there is no task {value!r}"
-            if words[:1] == ["plan"] and not registry.is_path(words[1]):
-                assert words[1] in registry.names("surgery"), f"{page.name}:{line}: there is no surgery {words[1]!r}"
+            named = [(NAMED[word], value) for word, value in itertools.pairwise(words) if word in NAMED]
+            kind, place = PLACES.get(words[0] if words else "", ("", 0))
+            if place and len(words) > place and not words[place].startswith("-"):
+                named.append((kind, words[place]))
+            problems += [
+                f"{page.name}:{line}: there is no {kind} {name!r}"
+                for kind, name in named
+                if not registry.is_path(name) and name not in registry.names(kind)
+            ]
+    assert not problems, "\n".join(problems)
 
 
 # ---------------------------------------------------------------------- links

@@ -75,8 +75,7 @@ def test_writes_one_file_under_the_given_name(what: str, here: Path, capsys: pyt
 @pytest.mark.parametrize("what", WHATS)
 def test_is_formatted_and_free_of_lint(what: str) -> None:
     ruff = Path(sys.executable).with_name("ruff")
-    if not ruff.exists():
-        pytest.skip("ruff is not installed")
+    assert ruff.exists(), "the linters are part of the development set-up: make test installs them"
     place = registry.ROOT / WHATS[what][1] / "example.py"
     for check in (["check", "--quiet"], ["format", "--check", "--quiet"]):
         done = subprocess.run(
@@ -255,6 +254,32 @@ def test_the_surgery_by_path_is_part_of_a_saved_model(here: Path) -> None:
     assert loaded.slot("b1.mlp:up").dense_bias() is None
     tokens = torch.tensor([[4, 5]])
     assert torch.equal(model(tokens), loaded(tokens))
+
+
+def test_the_surgery_goes_with_every_other(here: Path) -> None:
+    """In both orders it runs, is saved and loads with equal outputs, or is refused with a sentence."""
+    written("surgery")
+    tokens = torch.tensor([[4, 5, 6]])
+    ran = set()
+    for other in registry.names("surgery"):
+        by = registry.resolve("surgery", other)
+        if other == "drop-bias":
+            continue
+        for order in ((other, "drop-bias"), ("drop-bias", other)):
+            model = biased(1e-4)
+            try:
+                for name in (*([by.after] if by.after else []), *order):
+                    options = by.examples[0] if name == other else {}
+                    fw.apply(model, name, None if name == "drop-bias" else [[1, 2, 3], [4, 5]], **options)
+            except fw.Refusal as refusal:
+                assert len(str(refusal)) > 20
+                continue
+            fw.save(model, "-".join(order))
+            said, again = model(tokens), fw.load("-".join(order), plugin="drop_bias.py")(tokens)
+            for mine, loaded in zip(*(v.values() if isinstance(v, dict) else [v] for v in (said, again))):
+                assert torch.equal(mine, loaded)
+            ran.add(order)
+    assert {("lora", "drop-bias"), ("drop-bias", "lora"), ("drop-bias", "finercut"), ("drop-bias", "llm-int8")} <= ran
 
 
 def test_the_surgery_refuses_before_any_work(here: Path) -> None:

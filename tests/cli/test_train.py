@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import small
 
 import formwright as fw
+import small
 from formwright.cli.main import main
 
 

@@ -342,6 +342,11 @@ def test_nan_weights_are_not_saved_and_the_earlier_model_stays(saved: Path) -> N
     assert content(saved) == before
 
 
+def test_files_are_as_public_as_their_directory(saved: Path) -> None:
+    if os.name == "posix":
+        assert {f.stat().st_mode & 0o777 for f in saved.iterdir()} == {saved.stat().st_mode & 0o666}
+
+
 def test_large_finite_values_are_not_taken_for_infinite() -> None:
     assert tensors.finite(torch.full((4,), 3e38)) and tensors.finite(torch.full((9,), 6e4, dtype=torch.float16))
     assert not tensors.finite(torch.tensor([3e38, 3e38, float("-inf")]))

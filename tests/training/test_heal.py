@@ -13,6 +13,7 @@ from formwright.models.build import build
 from formwright.objectives.distillation import divergence
 from formwright.training import Interrupted, heal, train
 from formwright.training.hooks import Hook
+from formwright.training.lesson import common
 from formwright.training.tokenizer import END, train_tokenizer
 
 TEXTS = [f"def f{i}(x):\n    return x + {i} * {'abcdefgh'[i % 8]} # {'very ' * (i % 5)}small" for i in range(48)]
@@ -78,12 +79,48 @@ def test_a_cut_encoder_comes_back_towards_its_teacher(tokenizer, states):
     assert teacher.history == []
 
 
-def test_the_teacher_reads_every_text_once(tokenizer):
+def test_the_teacher_reads_every_text_once_for_all_runs_until_it_changes(tokenizer):
+    teacher, tokens = original(tokenizer, VECTORS), []
+    students = [cut(teacher) for _ in range(3)]
+    # The last item: the comparison of the two models ends before it.
+    teacher.item("b2.mlp").register_forward_hook(lambda module, given, out: tokens.append(out[0].shape[1]))
+    once = sum(map(len, tokenizer.encode(TEXTS)))
+    heal(students.pop(), teacher, TEXTS, steps=20, batch=8, show=False)
+    assert sum(tokens) == once
+    heal(students.pop(), teacher, TEXTS, steps=20, batch=8, show=False)
+    assert sum(tokens) == once
+    with torch.no_grad():
+        teacher.item("b2.mlp").norm.bias.add_(0.1)
+    heal(students.pop(), teacher, TEXTS, steps=6, batch=8, show=False)
+    assert sum(tokens) == 2 * once
+
+
+def test_a_teacher_that_says_too_much_to_be_kept_is_asked_every_time(tokenizer, monkeypatch):
     teacher = original(tokenizer, VECTORS)
-    student, tokens = cut(teacher), []
-    teacher.stem.register_forward_hook(lambda module, given, out: tokens.append(out[0].shape[1]))
-    heal(student, teacher, TEXTS, steps=20, batch=8, show=False)
-    assert sum(tokens) == sum(map(len, tokenizer.encode(TEXTS)))
+    kept, asked = cut(teacher), cut(teacher)
+    heal(kept, teacher, TEXTS, steps=3, show=False)
+    monkeypatch.setattr("formwright.training.lesson.CACHE", 100)
+    heal(asked, teacher, TEXTS, steps=3, show=False)
+    assert all(torch.equal(one, two) for one, two in zip(kept.parameters(), asked.parameters()))
+
+
+def test_items_before_the_first_difference_stay_and_change_nothing_about_the_rest(tokenizer):
+    teacher = original(tokenizer, VECTORS)
+    rows = tokenizer.encode(TEXTS)
+    assert common(cut(teacher), teacher, rows) == "b1.mlp"
+    assert common(cut(teacher, "b0.attention"), teacher, rows) is None
+    assert common(copy.deepcopy(teacher), teacher, rows) is None
+    moved = copy.deepcopy(teacher)
+    with torch.no_grad():
+        moved.item("b2.mlp").part.up.bias[0] += 1.0
+    assert common(moved, teacher, rows) == "b2.mlp"
+    begun, whole = cut(teacher), cut(teacher)
+    first = heal(begun, teacher, TEXTS, steps=4, show=False)
+    second = heal(whole, teacher, TEXTS, steps=4, trainable=["b1.mlp", "b2.*"], show=False)
+    assert dict(first.losses) == pytest.approx(dict(second.losses))
+    for (name, one), two, old in zip(begun.named_parameters(), whole.parameters(), cut(teacher).parameters()):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-3)
+        assert torch.equal(one, old) == (not name.startswith(("b1.mlp", "b2.")))
 
 
 def test_a_cut_decoder_comes_back_in_its_distribution(tokenizer):
@@ -105,7 +142,7 @@ def test_frozen_slots_and_chosen_ones(tokenizer):
     student = cut(teacher)
     student.slot("b0.mlp:up").weight.requires_grad_(False)
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
-    heal(student, teacher, TEXTS, steps=2, show=False)
+    heal(student, teacher, TEXTS, steps=2, whole=True, show=False)
     moved = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
     assert "b0.mlp.part.up.weight" not in moved and "b0.mlp.part.down.weight" in moved
     other = cut(teacher)

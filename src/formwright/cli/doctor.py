@@ -30,7 +30,7 @@ def diagnose() -> dict[str, Any]:
         for extra, (use, modules) in EXTRAS.items()
         if any(importlib.util.find_spec(m) is None for m in modules)
     }
-    total, free = memory_bytes()
+    _total, free = memory_bytes()
     return {
         **machine(),
         "memory_free_gb": round(free / 2**30, 1),

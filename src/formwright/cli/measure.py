@@ -70,6 +70,6 @@ def measure(
         f" (spread {found.spread:.0%}{', noisy' if found.noisy else ''}) · {found.per_second:,.0f} a second"
     )
     typer.echo(
-        f"  {found.parameters:,} parameters · {found.bytes / 1e6:.1f} MB · {found.macs / 1e9:.2f} G multiply-accumulates"
+        f"  {found.parameters:,} parameters · {found.bytes / 1e6:.1f} MB · {found.macs / 1e9:.2f} G multiply-adds"
         + (f" · {found.state_bytes / 1e6:.2f} MB of state" if found.state_bytes else "")
     )

@@ -50,7 +50,7 @@ class Timing:
 def alternate(
     contenders: Mapping[str, Callable[[], object]], *, rounds: int = 5, warmup: int = 1, seconds: float | None = None
 ) -> dict[str, Timing]:
-    """Time every contender ``rounds`` times in one alternating run, or until ``seconds`` have passed (at least 3 rounds).
+    """Time every contender ``rounds`` times in one alternating run; ``seconds`` ends it early, after at least 3 rounds.
 
     Every other round runs in the opposite order, so that none always follows the same neighbour.
     """

@@ -29,7 +29,7 @@ STEPS = 8
 
 @dataclass(frozen=True)
 class Workload:
-    """``run(model)`` does the work once; ``items`` is what a per-item time is divided by; ``shape`` for closed forms."""
+    """``run(model)`` does the work once on ``items`` items; ``shape`` is what closed-form costs are asked for."""
 
     name: str
     run: Callable[[Any], object]
@@ -54,7 +54,8 @@ def workload(model: Any, shape: str | None = None, *, task: Any = None, seed: in
     found = PATTERN.fullmatch(shape)
     if not found:
         raise SpecError(
-            f"shape {shape!r} is none of encode:ROWSxLENGTH, encode:ROWSxnatural, prefill:ROWSxLENGTH, decode:ROWSxLENGTH"
+            f"shape {shape!r} is none of encode:ROWSxLENGTH, encode:ROWSxnatural, prefill:ROWSxLENGTH, "
+            "decode:ROWSxLENGTH"
         )
     kind, rows, length = found[1], int(found[2]), found[3]
     if rows < 1:

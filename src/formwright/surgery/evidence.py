@@ -49,7 +49,7 @@ def batches(model: Any, evidence: Any, rows: int = 8, max_length: int | None = 2
         elif isinstance(entry, Tensor):
             found += _split(model, entry, rows)
         elif isinstance(entry, Sequence) and all(isinstance(number, int) for number in entry):
-            ids.append(list(entry))
+            ids.append([int(number) for number in entry])
         else:
             raise DataError(f"{what}: evidence {index} is a {type(entry).__name__}, not a text, a batch or ids")
     if texts:

@@ -11,8 +11,8 @@ from pathlib import Path
 from formwright.kit.errors import DataError, all_of
 from formwright.registry import register
 from formwright.tasks._classification import Row, TextClassification
-from formwright.tasks.tables import Table, guess, read_table
 from formwright.tasks.base import lines_listed
+from formwright.tasks.tables import Table, guess, read_table
 
 TEXTS = ("text", "texts", "body", "sentence", "content", "message", "review", "utterance")
 LABELS = ("label", "labels", "class", "category", "target", "intent", "sentiment")

@@ -13,8 +13,8 @@ from typing import Literal
 from formwright.kit.errors import DataError, all_of
 from formwright.registry import register
 from formwright.tasks._retrieval import Pair, RetrievalTask
-from formwright.tasks.tables import Table, guess, read_table
 from formwright.tasks.base import lines_listed
+from formwright.tasks.tables import Table, guess, read_table
 
 SHARES = (0.3, 0.3, 0.4)
 QUERIES = ("query", "queries", "question", "anchor", "search")

@@ -77,7 +77,7 @@ def heal(
             )
     if model is teacher:
         raise SpecError("model and teacher are one object; heal a copy: fw.copy(model) before it is cut")
-    weights = {"cosine": cosine, "mse": mse, "states": states, "temperature": temperature}
+    weights: dict[str, Any] = {"cosine": cosine, "mse": mse, "states": states, "temperature": temperature}
     objective = Distillation(**weights, hidden=tuple(hidden), head=head)
     objective.bind({"model": model, "teacher": teacher})
     name, found = objective.head_of(teacher)

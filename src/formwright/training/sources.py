@@ -107,7 +107,7 @@ class Buckets:
     ``at(index)`` -> the row numbers of a batch. Within an epoch every row comes once.
     """
 
-    def __init__(self, lengths: Sequence[int], size: int, seed: int) -> None:
+    def __init__(self, lengths: Sequence[int] | np.ndarray, size: int, seed: int) -> None:
         if not len(lengths):
             raise DataError("there are no texts to train on")
         self.lengths, self.size, self.seed = np.asarray(lengths), size, seed

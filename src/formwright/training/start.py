@@ -1,4 +1,4 @@
-"""Where a training starts: a fresh model of a recipe with a tokenizer of its own, or a loaded one with a fitting head."""
+"""Where training starts: a fresh model of a recipe with its own tokenizer, or a loaded one with a fitting head."""
 
 from __future__ import annotations
 

@@ -42,8 +42,10 @@ class Merge(Surgery):
             slots = [address for address in chosen if not isinstance(model.slot(address), Dense)]
         if not slots:
             raise Refusal("merge: no slot holds an adapter, so there is nothing to fold in")
-        first = next((e.data["decisions"]["before"] for e in model.history if e.name == "lora"), {"frozen": []})
-        decisions = {"slots": slots, "adapter": adapter, "free": first, "before": remember(model)}
+        free: dict[str, list[str]] = next(
+            (e.data["decisions"]["before"] for e in model.history if e.name == "lora"), {"frozen": []}
+        )
+        decisions = {"slots": slots, "adapter": adapter, "free": free, "before": remember(model)}
         made = self.made(model, dict(options), decisions)
         self.check(model, made)
         return made

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from formwright.models.batch import Batch
-from formwright.parts.base import LinearLike
 from formwright.parts.linears.dense import Dense
 from formwright.parts.linears.low_rank import LowRank, break_even
 from formwright.surgery.base import set_core
@@ -35,7 +34,7 @@ class Trial:
 
     model: Any
     address: str
-    module: LinearLike
+    module: LowRank
     place: int
     saves: int = 0
 
@@ -69,7 +68,7 @@ def offers_by_effect(
     measured = Search(model, _some(evidence), what="low-rank").step([], trials)
     rates = {}
     for trial, distance in zip(trials, measured):
-        lost = 1.0 - float(offers[trial.address].kept()[trial.module.rank])  # type: ignore[arg-type]
+        lost = 1.0 - float(offers[trial.address].kept()[trial.module.rank])
         rates[trial.address] = max(0.0, distance) / max(lost, 1e-9)
     mean = sum(rates.values()) / len(rates)
     return {

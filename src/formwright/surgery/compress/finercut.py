@@ -19,7 +19,7 @@ from formwright.kit.errors import Refusal, SpecError, all_of, unknown
 from formwright.models.items import Residual
 from formwright.parts.base import Shape
 from formwright.registry import Paper, register
-from formwright.surgery.base import Displaced, Plan, Promises, Surgery, check_options
+from formwright.surgery.base import Displaced, Plan, Promises, Surgery, check_options, surgery
 from formwright.surgery.compress._search import Candidate, Search, block_of, candidates, without
 from formwright.surgery.evidence import batches
 
@@ -52,10 +52,10 @@ class Ranking:
 
     def plan(self, model: Any, count: int) -> Plan:
         """The plan that removes the first ``count``, without running anything again."""
-        by = FinerCut()
-        by.name = "finercut"
         decisions = _decisions(model, self, count)
-        return by.made(model, {"drop": count, "level": self.level, "distance": self.distance}, decisions)
+        return surgery("finercut").made(
+            model, {"drop": count, "level": self.level, "distance": self.distance}, decisions
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

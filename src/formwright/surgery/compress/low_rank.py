@@ -63,9 +63,9 @@ class LowRankSurgery(Surgery):
     of the squared singular values); parameters: share of the chosen weights' parameters that is left, shared out.
 
     solver: "svd", "whitened" (least error of the outputs; runs the evidence), "snmf" or "random"; default whitened
-    where evidence is given, else svd. split: "sqrt" or "left" (where the singular values go). where, exclude: roles, items or
-    addresses, default every dense slot of the layers. multiple_of: ranks that are computed, not given, are multiples
-    of it. seed: of "random". batch, max_length: how evidence is run.
+    where evidence is given, else svd. split: "sqrt" or "left" (where the singular values go). where, exclude: roles,
+    items or addresses, default every dense slot of the layers. multiple_of: ranks that are computed, not given, are
+    multiples of it. seed: of "random". batch, max_length: how evidence is run.
 
     ``decisions["ranks"]`` may be edited; ``decisions["kept"]`` names what stays dense and why.
     """
@@ -184,19 +184,20 @@ class LowRankSurgery(Surgery):
         decided = plan.decisions
         for address in list(displaced):
             old, new = displaced.pop(address), core(model.slot(address))
+            assert isinstance(new, LowRank)
+            values = dict(new.named_parameters())
             factors = factorise(
                 old.weight,
-                new.rank,  # type: ignore[arg-type]
+                new.rank,
                 decided["solver"],
                 decided["split"],
                 inputs_of(plan.tensors, address),
                 slot_generator(decided["seed"], address),
             )
-            new.first.weight.copy_(factors.first)  # type: ignore[union-attr]
-            new.second.weight.copy_(factors.second)  # type: ignore[union-attr]
+            values["first.weight"].copy_(factors.first)
+            values["second.weight"].copy_(factors.second)
             if old.bias is not None:
-                shifted = old.bias if factors.shift is None else old.bias + factors.shift
-                new.second.bias.copy_(shifted)  # type: ignore[union-attr]
+                values["second.bias"].copy_(old.bias if factors.shift is None else old.bias + factors.shift)
 
     def restore(self, model: Any, plan: Plan, displaced: Displaced) -> None:
         for address, module in displaced.items():
