@@ -187,11 +187,11 @@ def test_prove_says_what_does_not_hold(run: Run, monkeypatch: pytest.MonkeyPatch
 
     claims = [Claim("one", "1.0x", ">= 1.0x", "1.2x", True), Claim("two", "-", ">= 2", "1", False)]
     monkeypatch.setattr(
-        registry, "resolve", _instead(registry.resolve, ("proof", "finercut"), lambda quick, seed: claims)
+        registry, "resolve", _instead(registry.resolve, ("proof", "llm-int8"), lambda quick, seed: claims)
     )
-    code, out, _ = run("prove", "finercut", "--quick")
+    code, out, _ = run("prove", "llm-int8", "--quick")
     assert code == 1 and "holds" in out and "NOT HELD" in out and "measured 1.2x" in out
-    refused(run("prove", "finercat"), "did you mean 'finercut'?")
+    refused(run("prove", "llm-int9"), "did you mean 'llm-int8'?")
 
 
 def _instead(resolve: Callable, key: tuple[str, str], other: object) -> Callable:

@@ -91,7 +91,8 @@ _SAMPLE: dict[str, Any] = {
     "seed": 0,
     "machine": {
         "cpu": "Intel Xeon Platinum 8488C", "cores": 2, "threads": 2, "memory_gb": 7.6, "flags": ["AVX-512", "VNNI"],
-        "python": "3.11.9", "torch": "2.13.0+cpu", "formwright": "0.1.0", "load": 0.42,
+        "python": "3.11.9", "system": "Linux x86_64",
+        "torch": "2.13.0+cpu", "formwright": "0.1.0", "load": 0.42,
     },
     "certifiable": 0.006,
     "baselines": {"BM25": 0.4108, "random": 0.0021},

@@ -177,8 +177,8 @@ def test_projections_of_one_input_share_its_integers(monkeypatch: pytest.MonkeyP
     together = Int8Linear.project([part.q, part.k, part.v], x, None)
     for slot, y in zip((part.q, part.k, part.v), together):
         assert torch.equal(slot(x), y)
-    part.k.outliers = torch.zeros(48, dtype=torch.bool)
-    part.k.outliers[3] = True
+    part.k.outliers = torch.zeros(48)
+    part.k.outliers[3] = 1.0
     part.k._packed = None
     mixed = Int8Linear.project([part.q, part.k, part.v], x, None)
     assert torch.equal(mixed[0], together[0]) and not torch.equal(mixed[1], together[1])
@@ -186,7 +186,7 @@ def test_projections_of_one_input_share_its_integers(monkeypatch: pytest.MonkeyP
 
 
 def test_trains_around_frozen_weights() -> None:
-    model = surgery.apply(int8(decoder()), "lora", rank=2)
+    model = surgery.apply(int8(decoder()), "lora", rank=2, where=["q", "down"])
     model.train()
     out = model(ids())
     out.square().mean().backward()
@@ -311,7 +311,7 @@ def test_only_some_columns_of_a_quantised_slot() -> None:
     slot = Int8Linear(10, 6, scheme="zeropoint-vector", outliers=True)
     slot.quantize(torch.randn(6, 10, generator=torch.Generator().manual_seed(0)), torch.ones(6), [2, 9])
     taken = slot.take(torch.tensor([5, 5, 0]), torch.tensor([9, 1, 2, 2]))
-    assert taken.outliers.tolist() == [True, False, True, True]  # type: ignore[union-attr]
+    assert (taken.outliers > 0).tolist() == [True, False, True, True]  # type: ignore[union-attr]
     torch.testing.assert_close(taken.dense_weight(), slot.dense_weight()[[5, 5, 0]][:, [9, 1, 2, 2]])
     assert isinstance(taken, LinearLike) and isinstance(taken.bias, nn.Parameter)
 

@@ -31,9 +31,9 @@ def generate(
     loaded = load(model, plugin)
     from formwright.engine import generate as run
 
-    options = {"top_k": top_k, "top_p": top_p, "stop": stop}
-    given = {name: value for name, value in options.items() if value is not None}
-    found = run(loaded, prompts, max_new=max_new, temperature=temperature, seed=seed, **given)
+    found = run(
+        loaded, prompts, max_new=max_new, temperature=temperature, top_k=top_k, top_p=top_p, stop=stop, seed=seed
+    )
     if json:
         emit([{"prompt": prompt, "text": text} for prompt, text in zip(prompts, found)])
         return

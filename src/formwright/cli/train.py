@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -69,7 +69,7 @@ def train(
     made.bind(loaded)
     for line in made.describe():
         say(f"  {line}")
-    options = {"lr": lr, "batch": batch, "steps": steps, "minutes": minutes}
+    options: dict[str, Any] = {"lr": lr, "batch": batch, "steps": steps, "minutes": minutes}
     objective = "causal-lm" if any(head.kind == "tokens" for head in loaded.heads.values()) else "classification"
     run(
         loaded,

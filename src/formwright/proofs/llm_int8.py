@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from formwright.kit.errors import DataError, FormwrightError
@@ -224,10 +224,11 @@ def encoder(quick: bool) -> list[Claim]:
     texts = sentences(200)
     wanted = model.encode(texts, as_tensor=True)
     found = {}
-    for name, options in {
+    variants: dict[str, dict[str, Any]] = {
         "no outliers": {"outliers": "none"},
         "LLM.int8, calibrated": {"evidence": texts[:32]},
-    }.items():
+    }
+    for name, options in variants.items():
         small = apply(copy(model), "llm-int8", **options)
         found[name] = agreement(wanted, small.encode(texts, as_tensor=True))
     cosine, spearman = found["LLM.int8, calibrated"]
@@ -257,11 +258,11 @@ def refused() -> Claim:
     )
 
 
-def plant_outliers(model: nn.Module, count: int = PLANTED, factor: float = FACTOR, seed: int = 0) -> list[int]:
+def plant_outliers(model: Any, count: int = PLANTED, factor: float = FACTOR, seed: int = 0) -> list[int]:
     """Multiply ``count`` gains (and biases) of every pre-norm by ``factor`` and divide the columns that read them: the
     function stays, the inputs of the linears get outlier columns. Returns their indices."""
     generator = torch.Generator().manual_seed(seed)
-    columns = torch.randperm(model.width, generator=generator)[:count].sort().values  # type: ignore[arg-type]
+    columns = torch.randperm(model.width, generator=generator)[:count].sort().values
     with torch.no_grad():
         for item in model.residuals():  # type: ignore[operator]
             if item.order != "pre" or item.norm is None:

@@ -236,7 +236,8 @@ class Search:
             lambda: {"share": item_gains(self.precise(self.original, precision), self.target, self.load, self.probes)},
         )["share"]
         reference = copy(self.original, share=True)
-        current, drops, healed = reference, [], 0
+        drops: list[str] = []
+        current, healed = reference, 0
         given_up: set[str] = set()
         reserve = self.reserve()
         number = 0
@@ -545,7 +546,7 @@ def slim(
     task_name = task if isinstance(task, str) else task.name
     made = make_task(task) if isinstance(task, str) else task
     made.bind(model)
-    recipe = {
+    recipe: dict[str, Any] = {
         "model": str(name),
         "task": made.state_dict(),
         "keep": keep,
@@ -594,7 +595,7 @@ def conclude(original: Any, data: dict[str, Any], space: Workspace, out: Path | 
 
     points = [Point(p["name"], p, Path(p.pop("_directory")) if "_directory" in p else None) for p in data["points"]]
     chosen = next((p for p in points if p.data["written"]), None)
-    model = original if chosen is None else load(chosen.directory)
+    model = original if chosen is None or chosen.directory is None else load(chosen.directory)
     model.name = out.name if out is not None and chosen is not None else model.name
     data["out"] = None if out is None or chosen is None else str(out)
     data["resume"] = shlex.join(["formwright", "slim", "--resume", str(space.path)]) if out is not None else None

@@ -29,13 +29,13 @@ def matrix(names: Sequence[str] | None = None, models: Sequence[str] = ("encoder
 def pair(model: str, first: str, second: str) -> dict[str, str]:
     """Carry ``first`` and then ``second`` out; surgeries that need another one before them get it.
 
-    A surgery that follows itself does so with its last example, since the first would often ask for the same again.
+    A surgery that follows itself does so with another example, since the same would often ask for nothing new.
     Raises AssertionError for a pair that neither runs nor refuses cleanly.
     """
     made = MODELS[model]()
     needed = dict.fromkeys(surgery(name).after for name in (first, second))
     steps = [(name, 0) for name in needed if name and name != first]
-    steps += [(first, 0), (second, -1 if first == second else 0)]
+    steps += [(first, -1 if first == second else 0), (second, 0)]
     row = {"model": model, "first": first, "second": second, "outcome": RUNS, "why": ""}
     for place, (name, example) in enumerate(steps):
         before, layout, lines = state(made), made.layout(), len(made.history)
@@ -90,4 +90,5 @@ def table(rows: list[dict[str, str]] | None = None) -> str:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     print(table(), end="")

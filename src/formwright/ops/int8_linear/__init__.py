@@ -27,6 +27,7 @@ from formwright.ops.int8_linear.reference import (
     input_range,
     int8_linear_reference,
     outlier_columns,
+    quantize_columns,
     quantize_weight,
     scheme_named,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "int8_linear_reference",
     "outlier_columns",
     "prepare",
+    "quantize_columns",
     "quantize_weight",
     "scheme_named",
 ]
@@ -73,20 +75,25 @@ class Packed:
         weight: Tensor,
         scale: Tensor,
         zero: Tensor | None = None,
-        outliers: Tensor | None = None,
+        gains: Tensor | None = None,
         product: Product | None = None,
     ) -> None:
         self.product = Product(weight) if product is None else product
-        self.weight, self.zero = weight, zero
+        self.weight, self.zero, self.gains = weight, zero, gains
         self.scale = scale.float()
         #: Indices of the fixed outliers, as a tensor and as plain numbers to compare by.
-        self.outliers = outliers if outliers is not None and len(outliers) else None
+        self.outliers = torch.nonzero(gains)[:, 0] if gains is not None and bool(gains.any()) else None
         self.left_out: tuple[int, ...] = () if self.outliers is None else tuple(self.outliers.tolist())
         self.columns = None if self.outliers is None else self.float_columns(self.outliers)
 
     def float_columns(self, outliers: Tensor) -> Tensor:
         """(n, O) float32: the dequantised columns, transposed."""
-        return dequantize_weight(self.weight[:, outliers], self.scale, self.zero).T.contiguous()
+        gains = None if self.gains is None else self.gains[outliers]
+        return dequantize_weight(self.weight[:, outliers], self.scale, self.zero, gains).T.contiguous()
+
+    def dense(self) -> Tensor:
+        """(O, K) float32, dequantised."""
+        return dequantize_weight(self.weight, self.scale, self.zero, self.gains)
 
 
 class Quantized:
@@ -108,9 +115,8 @@ def prepare(x: Tensor, product: Product, scheme: Scheme, outliers: Tensor | None
     if scheme.rows and x.numel() > 2 * RUN:
         runs = [prepare(rows, product, scheme, outliers) for rows in x.split(max(1, RUN // x.shape[1]))]
         q, step = torch.cat([run.q for run in runs]), torch.cat([run.step for run in runs])
-        zeros, kept = [run.zero for run in runs], [run.kept for run in runs]
-        return Quantized(q, step, _whole(zeros), _whole(kept))
-    kept = None
+        return Quantized(q, step, _whole([run.zero for run in runs]), _whole([run.kept for run in runs]))
+    kept: Tensor | None = None
     if outliers is not None:
         kept = x.index_select(1, outliers)
         x = x.index_fill(1, outliers, 0.0)
@@ -174,7 +180,7 @@ class _Int8Linear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         to_x = None
         if ctx.needs_input_grad[0]:
-            terms = [g @ dequantize_weight(p.weight, p.scale, p.zero) for g, p in zip(gradients, ctx.packs)]
+            terms = [g @ packed.dense() for g, packed in zip(gradients, ctx.packs)]
             to_x = sum(terms[1:], terms[0])
         to_biases = [g.sum(0) if need else None for g, need in zip(gradients, ctx.needs_input_grad[4:])]
         return (to_x, None, None, None, *to_biases)

@@ -11,7 +11,9 @@ and an input x (T, K) is quantised at every call with one step a row (or one for
 
 Rounding is to the nearest even. The shifted ("zeropoint") schemes spread the same steps over [min, max]: every value
 is ``s (q - z)`` with an integer z, and the sum is corrected by the sums of rows and columns. Outlier columns take no
-part in any of this: they are multiplied in float by the dequantised weight and added.
+part in any of this: they are multiplied in float by the dequantised weight and added. Where they are known beforehand
+they do not share the steps of their rows either: column k has a gain ``g_k`` and stands for ``s_w[o] g_k q_w[o, k]``,
+since large inputs tend to meet small weights, of which a row's step would leave little.
 """
 
 from __future__ import annotations
@@ -80,10 +82,22 @@ def quantize_weight(weight: Tensor, scheme: Scheme = SCHEMES["vector"]) -> tuple
     return q, step[:, 0].float(), zero[:, 0].float() if scheme.shifted else None
 
 
-def dequantize_weight(weight: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
-    """(O, K) float32: s_w (q_w - z_w)."""
+def quantize_columns(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Outlier columns (O, n) float of a weight with steps (O,) -> q_w (O, n) int8 and gains g (n,) float32 > 0."""
+    wide = weight.detach().double() / scale.double()[:, None]
+    gains = (wide.abs().amax(0) / WEIGHT_LEVELS).float().clamp_min(TINY) if len(wide) else wide.new_ones(wide.shape[1])
+    q = torch.round(wide / gains.double()).clamp_(-WEIGHT_LEVELS, WEIGHT_LEVELS)
+    return q.to(torch.int8), gains.float()
+
+
+def dequantize_weight(weight: Tensor, scale: Tensor, zero: Tensor | None = None, gains: Tensor | None = None) -> Tensor:
+    """(O, K) in the dtype of ``scale``: s_w (q_w - z_w), and s_w g q_w in columns whose gain (K,) is not 0."""
     wide = weight.to(scale.dtype)
-    return (wide if zero is None else wide - zero[:, None]) * scale[:, None]
+    if zero is not None:
+        wide = wide - (zero[:, None] if gains is None else zero[:, None] * (gains == 0))
+    if gains is not None:
+        wide = wide * torch.where(gains == 0, 1.0, gains.to(scale.dtype))
+    return wide * scale[:, None]
 
 
 def input_range(x: Tensor, scheme: Scheme, levels: int) -> tuple[Tensor, Tensor | None]:
@@ -134,16 +148,22 @@ def int8_linear_reference(
     *,
     scheme: str = "vector",
     zero: Tensor | None = None,
+    gains: Tensor | None = None,
     outliers: Tensor | None = None,
     levels: int = 127,
 ) -> Tensor:
-    """x (T, K), q_w (O, K), s_w (O,), z_w (O,) -> y (T, O) float64. ``outliers`` are column indices."""
+    """x (T, K), q_w (O, K), s_w (O,), z_w (O,) -> y (T, O) float64.
+
+    Outlier columns: those with a gain, or those of the indices ``outliers``.
+    """
+    if gains is not None:
+        outliers = torch.nonzero(gains)[:, 0]
     columns = torch.zeros(0, dtype=torch.long) if outliers is None else outliers
     q_x, s_x, z_x = quantize_input_reference(x.index_fill(1, columns, 0.0), scheme_named(scheme), levels)
     scale = scale.double()
     zero = torch.zeros_like(scale) if zero is None else zero.double()
     centred = q_x.double() if z_x is None else q_x.double() - z_x.double()
-    dense = dequantize_weight(weight, scale, zero)
+    dense = dequantize_weight(weight, scale, zero, None if gains is None else gains.double())
     y = centred @ (weight.double() - zero[:, None]).T * s_x.double() * scale
     y = y + x.double()[:, columns] @ dense[:, columns].T
     return y if bias is None else y + bias.double()

@@ -20,6 +20,7 @@ from formwright.ops.int8_linear import (
     Packed,
     dequantize_weight,
     int8_linear,
+    quantize_columns,
     quantize_weight,
     scheme_named,
 )
@@ -39,13 +40,19 @@ class Int8Linear(LinearLike):
         scheme: where steps are shared (:data:`formwright.ops.int8_linear.SCHEMES`); shifted ones keep ``zero`` (out,).
         threshold: > 0 finds outlier columns afresh at every call, over all tokens of the batch, so that a result
             depends on its batch mates. 0: no search.
-        outliers: whether some columns are always outliers, found by calibration: the mask ``outliers`` (in,).
+        outliers: whether some columns are always outliers, found by calibration. The buffer ``outliers`` (in,) is 0 for
+            an ordinary column and the gain of an outlier column, whose weights have that much coarser (or finer) steps.
 
     The weight is frozen; the gradient of the input goes through its dequantised form. A row of zeros comes out as the
     bias; one with NaN as NaN (with one step for all rows, every row of that call does).
     """
 
-    examples = ({}, {"outliers": True}, {"scheme": "row", "bias": False}, {"scheme": "zeropoint-vector"})
+    examples: tuple[dict[str, Any], ...] = (
+        {},
+        {"outliers": True},
+        {"scheme": "row", "bias": False},
+        {"scheme": "zeropoint-vector"},
+    )
 
     weight: Tensor
     scale: Tensor
@@ -74,7 +81,7 @@ class Int8Linear(LinearLike):
         self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8))
         self.register_buffer("scale", torch.empty(out_features, dtype=torch.float32))
         self.register_buffer("zero", torch.empty(out_features, dtype=torch.float32) if shifted else None)
-        self.register_buffer("outliers", torch.empty(in_features, dtype=torch.bool) if outliers else None)
+        self.register_buffer("outliers", torch.empty(in_features) if outliers else None)
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self._packed: Packed | None = None
 
@@ -88,31 +95,31 @@ class Int8Linear(LinearLike):
 
     def reset(self, generator: torch.Generator) -> None:
         std = (2.0 / (self.in_features + self.out_features)) ** 0.5
-        if self.outliers is not None:
-            self.outliers.zero_()
-        self.quantize(torch.randn(self.weight.shape, generator=generator) * std)
+        weight = torch.randn(self.weight.shape, generator=generator) * std
+        self.quantize(weight, outliers=() if self.outliers is None else range(0, self.in_features, 8))
         if self.bias is not None:
             self.bias.zero_()
 
     def quantize(self, weight: Tensor, bias: Tensor | None = None, outliers: Sequence[int] = ()) -> None:
         """Take the values of a float weight (out, in), a bias where it has one, and the columns of fixed outliers."""
-        made = quantize_weight(weight, scheme_named(self.scheme))
+        columns = torch.as_tensor(list(outliers), dtype=torch.long, device=weight.device)
         with torch.no_grad():
+            made = quantize_weight(weight.detach().index_fill(1, columns, 0.0), scheme_named(self.scheme))
             for buffer, value in zip((self.weight, self.scale, self.zero), made):
                 if buffer is not None and value is not None:
                     buffer.copy_(value)
             if self.bias is not None and bias is not None:
                 self.bias.copy_(bias)
             if self.outliers is not None:
+                self.weight[:, columns], gains = quantize_columns(weight[:, columns], made[1])
                 self.outliers.zero_()
-                self.outliers[list(outliers)] = True
+                self.outliers[columns] = gains
         self._packed = None
 
     def packed(self) -> Packed:
         """The weight as its product wants it: made at first use, never saved or copied."""
         if self._packed is None or self._packed.weight is not self.weight:
-            columns = None if self.outliers is None else torch.nonzero(self.outliers)[:, 0]
-            self._packed = Packed(self.weight, self.scale, self.zero, columns)
+            self._packed = Packed(self.weight, self.scale, self.zero, self.outliers)
         return self._packed
 
     def forward(self, x: Tensor, ctx: Context | None = None) -> Tensor:
@@ -133,7 +140,7 @@ class Int8Linear(LinearLike):
         return [made[id(slot)] for slot in slots]
 
     def dense_weight(self) -> Tensor:
-        return dequantize_weight(self.weight, self.scale, self.zero)
+        return dequantize_weight(self.weight, self.scale, self.zero, self.outliers)
 
     def dense_bias(self) -> Tensor | None:
         return self.bias
@@ -171,8 +178,8 @@ class Int8Linear(LinearLike):
         self._packed = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:
-        # Half precision is too coarse for steps and zero points: ``model.half()`` leaves them as they are.
-        kept = {name: getattr(self, name) for name in ("scale", "zero")}
+        # Half precision is too coarse for steps, zero points and gains: ``model.half()`` leaves them as they are.
+        kept = {name: getattr(self, name) for name in ("scale", "zero", "outliers")}
         super()._apply(fn, recurse)
         for name, old in kept.items():
             new = getattr(self, name)

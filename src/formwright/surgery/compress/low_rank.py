@@ -98,8 +98,7 @@ class LowRankSurgery(Surgery):
             }
         ranks, shares = self._ranks(offers, options, step, kept)
         if not ranks:
-            reasons = "; ".join(f"{address}: {reason}" for address, reason in list(kept.items())[:4])
-            raise Refusal(f"low-rank: no slot can be made smaller ({reasons or 'none was chosen'})")
+            raise Refusal(f"low-rank: no slot can be made smaller ({_reasons(kept) or 'none was chosen'})")
         if "rank" in options:
             dense = [address for address, reason in kept.items() if "break-even" in reason]
             if dense:
@@ -293,6 +292,17 @@ def _slots(model: Any, where: Any, exclude: Any) -> tuple[dict[str, Dense], dict
         else:
             kept[address] = f"{kind_of(held)}, and only a dense weight can be factorised"
     return found, kept
+
+
+def _reasons(kept: dict[str, str]) -> str:
+    """Each reason once, with the first slot that it holds for and how many more there are."""
+    held: dict[str, list[str]] = {}
+    for address, reason in kept.items():
+        held.setdefault(reason, []).append(address)
+    return "; ".join(
+        f"{slots[0]}{f' and {len(slots) - 1} more' if len(slots) > 1 else ''}: {reason}"
+        for reason, slots in held.items()
+    )
 
 
 def _counts(slots: dict[str, Dense], ranks: dict[str, int]) -> list[int]:
