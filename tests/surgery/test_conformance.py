@@ -101,7 +101,7 @@ def test_plan_is_plain_readable_and_safe(case: Case) -> None:
     assert plan.surgery == case.name and plan.fingerprint
     assert json.loads(plan.to_json()) == plan.to_dict()
     assert Plan.from_json(plan.to_json()).to_dict() == plan.to_dict()
-    assert surgery(case.name).words(plan).endswith((".", ")"))
+    assert surgery(case.name).words(plan).endswith((".", ")")) and surgery(case.name).short(plan)
 
     other = MODELS["decoder" if case.model != "decoder" else "encoder"]()
     before = state(other)

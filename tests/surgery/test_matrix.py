@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+import formwright as fw
 from formwright import registry
 from formwright.surgery.matrix import REFUSES, RUNS, matrix, pair, table
 from formwright.surgery.samples import encoder, tokens
@@ -12,10 +16,13 @@ NAMES = registry.names("surgery")
 
 
 @pytest.mark.parametrize("first", NAMES)
-def test_every_ordered_pair_runs_or_says_why_not(first: str) -> None:
+def test_every_ordered_pair_runs_or_says_why_not(first: str, tmp_path: Path) -> None:
+    def through_files(model: Any) -> Any:
+        return fw.load(fw.save(model, tmp_path / "model"))
+
     for second in NAMES:
         for model in ("encoder", "decoder"):
-            row = pair(model, first, second)  # anything but a clean refusal raises here
+            row = pair(model, first, second, through_files)  # anything but a clean refusal raises here
             assert row["outcome"] in (RUNS, REFUSES)
             assert (row["outcome"] == REFUSES) == bool(row["why"])
             if row["why"]:

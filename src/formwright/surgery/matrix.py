@@ -7,7 +7,7 @@ it was, bit for bit. Cost: seconds, on the small models of :mod:`formwright.surg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,10 +26,11 @@ def matrix(names: Sequence[str] | None = None, models: Sequence[str] = ("encoder
     return [pair(model, first, second) for first in names for second in names for model in models]
 
 
-def pair(model: str, first: str, second: str) -> dict[str, str]:
+def pair(model: str, first: str, second: str, reload: Callable[[Any], Any] = reloaded) -> dict[str, str]:
     """Carry ``first`` and then ``second`` out; surgeries that need another one before them get it.
 
     A surgery that follows itself does so with another example, since the same would often ask for nothing new.
+    ``reload`` makes the model anew from what is kept of it.
     Raises AssertionError for a pair that neither runs nor refuses cleanly.
     """
     made = MODELS[model]()
@@ -46,11 +47,11 @@ def pair(model: str, first: str, second: str) -> dict[str, str]:
             assert untouched, f"{name} was refused after it had begun on {model}: {error}"
             alone = "" if place == len(steps) - 1 else f"{name} alone: "
             return {**row, "outcome": REFUSES, "why": alone + str(error).split("\n")[0]}
-    _answers(made, f"{first} then {second} on {model}")
+    _answers(made, f"{first} then {second} on {model}", reload)
     return row
 
 
-def _answers(made: Any, what: str) -> None:
+def _answers(made: Any, what: str, reload: Callable[[Any], Any]) -> None:
     """Forward, backward and, from the values alone, the same again."""
     total = torch.zeros(())
     for output in outputs(made).values():
@@ -62,7 +63,7 @@ def _answers(made: Any, what: str) -> None:
         assert found and all(bool(torch.isfinite(grad).all()) for grad in found), f"{what}: no finite gradient"
         made.zero_grad()
     assert bool(torch.isfinite(total)), f"{what}: the outputs are not finite"
-    assert equal(said(made), said(reloaded(made))), f"{what}: a reloaded model answers otherwise"
+    assert equal(said(made), said(reload(made))), f"{what}: a reloaded model answers otherwise"
 
 
 def table(rows: list[dict[str, str]] | None = None) -> str:

@@ -31,8 +31,8 @@ def heal(
     *,
     steps: int | None = None,
     minutes: float | None = None,
-    lr: float = 5e-4,
-    batch: int = 32,
+    lr: float = 3e-4,
+    batch: int = 16,
     max_length: int = 128,
     seed: int = 0,
     cosine: float = 1.0,
@@ -93,7 +93,7 @@ def heal(
             objective = Distillation(**weights, begin=begin, head=head)
         wanted = bool(states) and found.kind == "vectors"
         source = Lesson(model, teacher, rows, batch, seed, head=name, states=wanted, begin=begin)
-        given: Mapping[str, Any] = {"warmup": 0.05, "weight_decay": 0.0, "dropout": False, **settings}
+        given: Mapping[str, Any] = {"schedule": "linear", "weight_decay": 0.0, "dropout": False, **settings}
         return train(
             model,
             source,

@@ -12,8 +12,8 @@ and an input x (T, K) is quantised at every call with one step a row (or one for
 Rounding is to the nearest even. The shifted ("zeropoint") schemes spread the same steps over [min, max]: every value
 is ``s (q - z)`` with an integer z, and the sum is corrected by the sums of rows and columns. Outlier columns take no
 part in any of this: they are multiplied in float by the dequantised weight and added. Where they are known beforehand
-they do not share the steps of their rows either: column k has a gain ``g_k`` and stands for ``s_w[o] g_k q_w[o, k]``,
-since large inputs tend to meet small weights, of which a row's step would leave little.
+they do not share the steps of their rows either: column k has a gain ``g_k <= 1`` and stands for ``s_w[o] g_k
+q_w[o, k]``, since large inputs tend to meet small weights, of which a row's step would leave little.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def quantize_weight(weight: Tensor, scheme: Scheme = SCHEMES["vector"]) -> tuple
 
 
 def quantize_columns(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Outlier columns (O, n) float of a weight with steps (O,) -> q_w (O, n) int8 and gains g (n,) float32 > 0."""
+    """Outlier columns (O, n) float of a weight with steps (O,) -> q_w (O, n) int8, gains g > 0 (n,) float32."""
     wide = weight.detach().double() / scale.double()[:, None]
     gains = (wide.abs().amax(0) / WEIGHT_LEVELS).float().clamp_min(TINY) if len(wide) else wide.new_ones(wide.shape[1])
     q = torch.round(wide / gains.double()).clamp_(-WEIGHT_LEVELS, WEIGHT_LEVELS)

@@ -41,7 +41,7 @@ class Int8Linear(LinearLike):
         threshold: > 0 finds outlier columns afresh at every call, over all tokens of the batch, so that a result
             depends on its batch mates. 0: no search.
         outliers: whether some columns are always outliers, found by calibration. The buffer ``outliers`` (in,) is 0 for
-            an ordinary column and the gain of an outlier column, whose weights have that much coarser (or finer) steps.
+            an ordinary column and the gain of an outlier column, whose weights have steps that much finer.
 
     The weight is frozen; the gradient of the input goes through its dequantised form. A row of zeros comes out as the
     bias; one with NaN as NaN (with one step for all rows, every row of that call does).
@@ -104,7 +104,7 @@ class Int8Linear(LinearLike):
         """Take the values of a float weight (out, in), a bias where it has one, and the columns of fixed outliers."""
         columns = torch.as_tensor(list(outliers), dtype=torch.long, device=weight.device)
         with torch.no_grad():
-            made = quantize_weight(weight.detach().index_fill(1, columns, 0.0), scheme_named(self.scheme))
+            made = quantize_weight(weight, scheme_named(self.scheme))
             for buffer, value in zip((self.weight, self.scale, self.zero), made):
                 if buffer is not None and value is not None:
                     buffer.copy_(value)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from formwright.kit.errors import SpecError, unknown
+from formwright.kit.errors import DataError, SpecError, unknown
 
 SOLVERS = ("svd", "whitened", "random", "snmf")
 SPLITS = ("sqrt", "left")
@@ -40,6 +40,16 @@ class Inputs:
         ridge = RIDGE * c.diagonal().mean().clamp(min=1e-30)
         return c + ridge * torch.eye(len(c), dtype=c.dtype, device=c.device)
 
+    def root(self) -> Tensor:
+        """L with L L^T = C. Sums rounded to float32 may leave C a little indefinite; the ridge then grows."""
+        c = self.wide()
+        step = torch.eye(len(c), dtype=c.dtype, device=c.device) * c.diagonal().abs().mean()
+        for ridge in (0.0, *(RIDGE * 10.0**power for power in range(6))):
+            found, failed = torch.linalg.cholesky_ex(c + ridge * step)
+            if not failed:
+                return found
+        raise DataError("the covariance of a slot's inputs is no covariance: its entries are not finite")
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -57,7 +67,7 @@ def axes(weight: Tensor, inputs: Inputs | None = None, vectors: bool = True) -> 
         gram = w @ w.T if inputs is None else w @ inputs.wide() @ w.T
         root = None
     else:
-        root = None if inputs is None else torch.linalg.cholesky(inputs.wide())
+        root = None if inputs is None else inputs.root()
         w = w if root is None else w @ root
         gram = w.T @ w
     if not vectors:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from formwright.kit.errors import DataError
 from formwright.models.batch import Batch
 from formwright.parts.context import Context
 from formwright.surgery.base import core
@@ -64,6 +65,8 @@ def gather(model: Any, slots: Iterable[str], evidence: list[Batch]) -> dict[str,
         if count == 0:
             continue
         covariance, mean = square / count, total / count
+        if not bool(torch.isfinite(covariance).all()):
+            raise DataError(f"the inputs of {address} are not finite on this evidence; check the model's numbers")
         if core(model.slot(address)).dense_bias() is not None:
             covariance = covariance - mean[:, None] * mean
             found[f"{address}.mean"] = mean.float()
