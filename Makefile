@@ -36,14 +36,14 @@ lint: $(BIN)/.test
 	$(BIN)/lint-imports
 
 bench: $(BIN)/.test
-	$(BIN)/python -m benchmarks.encode
-	$(BIN)/python -m benchmarks.start
+	$(BIN)/python docs/build.py --bench
 
 proofs: $(BIN)/.test
 	$(BIN)/python docs/build.py --proofs
 
 docs: $(BIN)/.test index
 	$(BIN)/python docs/build.py
+	$(BIN)/python docs/build.py --matrix
 
 index: $(BIN)/.core
 	$(BIN)/python -m formwright.registry

@@ -4,6 +4,8 @@ in CONTRIBUTING.md from the templates of ``formwright new``.
     python docs/build.py            write them
     python docs/build.py --check    write nothing; exit code 1 when one of them is not what the code says
     python docs/build.py --proofs   run every proof in its full form (minutes to hours) and write ``proofs.md``
+    python docs/build.py --matrix   compose every ordered pair of surgeries and write ``composition.md``
+    python docs/build.py --bench    run every benchmark on a quiet machine and write ``benchmarks.md``
 
 A verb's options are read from the annotations that the command line itself parses by, so the page cannot fall behind.
 """
@@ -11,7 +13,9 @@ A verb's options are read from the annotations that the command line itself pars
 from __future__ import annotations
 
 import inspect
+import json
 import re
+import subprocess
 import sys
 import typing
 from dataclasses import dataclass
@@ -114,6 +118,19 @@ PROOFS = f"""{MARK}
 Each published claim, scaled to a small machine: the published figure, the bar set before measuring, and the figure
 measured. What does not hold at this size stays in the table as not held. `formwright prove NAME` measures one of them
 on your machine; `--quick` takes seconds.
+"""
+
+COMPOSITION = """# Composition
+
+Every ordered pair of surgeries, tried on a small encoder and a small decoder: both are carried out, the model answers,
+what may train gets a gradient, and a model laid out anew from the history with the values read back answers the same
+to the last bit. A pair that makes no sense is refused before any work, with the sentence given below.
+"""
+
+BENCHMARKS = """# Benchmarks
+
+Contenders alternate in one run with one thread budget; agreement with the float32 reference is checked before anything
+is timed. A ratio above 1 is faster than the peer, by medians; beside it by the best rounds, and the spread.
 """
 
 #: What each kind is, in a sentence.
@@ -282,6 +299,36 @@ def proofs_page(quick: bool = False) -> str:
     return "\n".join(text).rstrip() + "\n"
 
 
+def composition_page() -> str:
+    """Every ordered pair of surgeries: runs, or the sentence that refuses it."""
+    from formwright.surgery import matrix
+
+    return f"{MARK}\n{COMPOSITION}\n{matrix.table()}"
+
+
+def benchmarks_page() -> str:
+    """Every benchmark's lines as tables; runs them all, each in a process of its own."""
+    text = [f"{MARK}\n{BENCHMARKS}"]
+    for name in ("encode", "start"):
+        command = [sys.executable, "-m", f"benchmarks.{name}", "--json"]
+        done = subprocess.run(command, cwd=HERE.parent, check=True, stdout=subprocess.PIPE, text=True)
+        lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        here = lines[0]["machine"]
+        about = f"{here['cpu']}, {here['threads']} threads, {', '.join(here['flags'])}; torch {here['torch']}"
+        text += [f"## {name}", "", f"{about}; load {here['load']} when it ended.", ""]
+        columns = ["shape", "contender", "median ms", f"ratio to {lines[0]['peer']}", "of best", "spread", "agreement"]
+        rows = []
+        for line in lines:
+            if "wrong" in line:
+                rows.append([line["shape"], cell(line["contender"]), "–", line["wrong"], "–", "–", "–"])
+                continue
+            spread = f"{line['spread']:.0%}" + (" (noisy)" if line["noisy"] else "")
+            figures = [f"{line['ms']:.1f}", f"{line['ratio']:.2f}x", f"{line['ratio_of_best']:.2f}x", spread]
+            rows.append([line["shape"], cell(line["contender"]), *figures, f"{line['agreement']:.4f}"])
+        text += [table(columns, rows), ""]
+    return "\n".join(text).rstrip() + "\n"
+
+
 # ---------------------------------------------------------------------- the guide for contributors
 
 #: The line before a block of code says which example it is.
@@ -300,6 +347,12 @@ PAGES = {"cli.md": cli_page, "catalog.md": catalog_page, "../CONTRIBUTING.md": c
 def main(arguments: list[str]) -> int:
     if "--proofs" in arguments:
         write_atomic(HERE / "proofs.md", proofs_page())
+        return 0
+    if "--matrix" in arguments:
+        write_atomic(HERE / "composition.md", composition_page())
+        return 0
+    if "--bench" in arguments:
+        write_atomic(HERE / "benchmarks.md", benchmarks_page())
         return 0
     made = {HERE / name: page() for name, page in PAGES.items()}
     if "--check" in arguments:
