@@ -8,6 +8,7 @@ Precision moves come last, after healing, since they need no training: each surg
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from formwright.measure.workload import Workload
 from formwright.models.batch import Batch
 from formwright.models.text import packed
 from formwright.surgery import Plan, surgery
+from formwright.surgery.compress._search import without
 from formwright.surgery.compress.finercut import candidate_distances
 
 #: Tokens of the calibrate texts on which items are timed.
@@ -51,6 +53,18 @@ def price(
     distances = candidate_distances(current, [], texts, reference=original, batch=16, max_length=tokens)
     found = [Move(id, far, gains[id]) for id, far in distances.items() if id not in without and gains.get(id, 0.0) > 0]
     return sorted(found, key=lambda move: move.price)
+
+
+def losses(
+    model: Any, items: list[str], score: Callable[[Any], float], kept: Callable[[float, float], float]
+) -> dict[str, float]:
+    """The share of a score that is lost when each item alone is dropped; below zero where it rises."""
+    base = score(model)
+    found = {}
+    for id in items:
+        with without([model.item(id)]):
+            found[id] = 1.0 - kept(score(model), base)
+    return found
 
 
 def item_gains(model: Any, target: str, load: Workload, texts: list[str]) -> dict[str, float]:

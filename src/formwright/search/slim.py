@@ -1,8 +1,8 @@
 """``slim``: the cheapest model that keeps the quality, found by composing surgeries, with the evidence.
 
-1. Rank moves: the distance of the outputs when a sublayer is dropped, per share of the cost it saves.
-2. Go down the chain: drop the cheapest, heal against the original on unlabelled *calibrate* texts, apply the precision
-   move, score on *select*. A candidate that falls short is healed further, then given up.
+1. Rank moves: what dropping a sublayer does to the outputs, or to the metric on *calibrate*, per share of the cost.
+2. Go down the chain (:mod:`formwright.search.chain`): drop a set of them, heal against the original on unlabelled
+   *calibrate* texts, apply the precision move, score on *select*.
 3. Measure the survivors in one alternating run, score them once on *test*, and write the cheapest that keeps enough.
 
 The cost is what the target says: measured latency, or bytes, multiply-accumulates, memory in closed form. Works alike
@@ -11,7 +11,6 @@ for encoders, decoders and classifiers. A search can be stopped at any moment an
 
 from __future__ import annotations
 
-import functools
 import shlex
 import shutil
 import tempfile
@@ -30,7 +29,8 @@ from formwright.measure.report import measured
 from formwright.measure.timing import Timing
 from formwright.measure.workload import Workload, default_shape, workload
 from formwright.search import evidence
-from formwright.search.moves import Move, cost, drop_plan, item_gains, price
+from formwright.search.chain import Chain
+from formwright.search.moves import cost
 from formwright.search.workspace import Workspace
 from formwright.surgery import apply, copy, surgery, words
 from formwright.surgery.base import Plan
@@ -40,14 +40,8 @@ TARGETS = ("latency", "size", "macs", "memory")
 PROBES = 64
 #: A precision move must make the target this much cheaper to be worth its error.
 WORTH = 1.05
-#: Shares of the budget: a move's healing is planned as if this many moves were to come.
-EXPECTED_MOVES = 6
-#: How often a candidate that falls short is healed further before it is given up.
-SECOND_CHANCES = 1
 #: Most points of the printed front besides the original.
-FINALISTS = 4
-#: Steps that find out how fast healing is here.
-PILOT = 10
+FINALISTS = 3
 
 
 @dataclass
@@ -219,7 +213,7 @@ class Search:
         if precision:
             self.candidate("precise", self.original, [], 0, precision, None)
         if self.texts:
-            self.chain(precision)
+            Chain(self, precision).run()
         else:
             self.say("the task has no texts to heal on, so only precision moves were tried")
         return self.finish()
@@ -230,96 +224,14 @@ class Search:
             raise DataError(f"the original scores {score['value']} on select; there is nothing to keep")
         self.kept(score["value"])  # says so when the original is no better than chance
 
-    def chain(self, precision: list[dict[str, Any]]) -> None:
-        gains = self.space.once(
-            "gains",
-            lambda: {"share": item_gains(self.precise(self.original, precision), self.target, self.load, self.probes)},
-        )["share"]
-        reference = copy(self.original, share=True)
-        drops: list[str] = []
-        current, healed = reference, 0
-        given_up: set[str] = set()
-        reserve = self.reserve()
-        number = 0
-        while len(current.residuals()) > 1 and self.due(f"candidate/{number + 1}", reserve):
-            number += 1
-            ranked = functools.partial(self.ranked, current, gains, set(given_up))
-            moves = self.space.once(f"moves/{number}", ranked)["moves"]
-            if not moves:
-                break
-            move = Move(**moves[0])
-            self.status(now=f"drop {move.item} and heal", elapsed=self.space.elapsed)
-            trial = copy(current)
-            apply(trial, drop_plan(trial, [move.item]))
-            accepted = False
-            spent = 0
-            for chance in range(1 + SECOND_CHANCES):
-                key = f"{number}" if chance == 0 else f"{number}+{chance}"
-                if chance and not self.due(f"candidate/{key}", reserve):
-                    break
-                steps = self.heal(trial, key, len(drops), reserve)
-                spent += steps
-                path = f"steps/{key}"
-                made = self.candidate(key, trial, [*drops, move.item], healed + spent, precision, path)
-                accepted = made.accepted
-                if accepted:
-                    break
-            if accepted:
-                current, drops, healed = trial, [*drops, move.item], healed + spent
-            else:
-                given_up.add(move.item)
-                if len(given_up) > 2:
-                    break
-
-    def ranked(self, current: Any, gains: dict[str, float], given_up: set[str]) -> dict[str, Any]:
-        found = price(self.original, current, gains, self.probes, given_up)
-        return {"moves": [{"item": m.item, "distance": m.distance, "gain": m.gain} for m in found]}
-
-    def due(self, key: str, reserve: float) -> bool:
-        """Whether a step was done in an earlier session, or there is time for it."""
-        return key in self.space.results or self.space.elapsed < self.seconds - reserve
+    def share(self, value: float, original: float) -> float:
+        """What a value of the task's metric keeps of another."""
+        return evidence.kept(self.task, value, original)
 
     def reserve(self) -> float:
         """Seconds to keep for the last measurements (finalists on test, timing, writing), at most a third of all."""
         clock = self.space.results.get("select/original", {}).get("clock", 20.0)
         return min(45.0 + clock * (1.0 + 0.6 * FINALISTS), self.seconds / 3)
-
-    def heal(self, trial: Any, key: str, done: int, reserve: float) -> int:
-        """Heal in place for this move's share of the time left; returns the steps. A healed model is kept on disk."""
-        from formwright.hub import load, save
-        from formwright.training import heal
-
-        directory = self.space.path / "steps" / key
-        known = self.space.results.get(f"heal/{key}")
-        if known is not None and directory.is_dir():
-            healed = load(directory)
-            trial.load_state_dict(healed.state_dict())
-            trial.history[:] = healed.history
-            return known["steps"]
-
-        def work() -> dict[str, Any]:
-            left = self.seconds - reserve - self.space.elapsed
-            share = max(left, 0.0) / max(EXPECTED_MOVES - done, 2)
-            rate = self.rate(trial)
-            steps = max(PILOT, int(share * rate))
-            heal(trial, self.original, self.texts, steps=steps, seed=self.seed)
-            save(trial, directory, overwrite=True)
-            return {"steps": steps}
-
-        return self.space.once(f"heal/{key}", work)["steps"]
-
-    def rate(self, trial: Any) -> float:
-        """Healing steps a second on this machine, timed once on a copy."""
-        from formwright.training import heal
-
-        def work() -> dict[str, Any]:
-            scratch = copy(trial)
-            heal(scratch, self.original, self.texts, steps=2, seed=self.seed)
-            started = time.perf_counter()
-            heal(scratch, self.original, self.texts, steps=PILOT, seed=self.seed)
-            return {"steps_per_second": PILOT / (time.perf_counter() - started)}
-
-        return self.space.once("rate", work)["steps_per_second"]
 
     # ------------------------------------------------------------------ the end
 

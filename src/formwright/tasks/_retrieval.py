@@ -29,6 +29,10 @@ from formwright.tasks.base import SPLITS, Task, digest, epochs
 DEPTH = 10
 
 
+#: Documents at most in calibrate's pool, which only ranks moves and has to be quick.
+RANKING = 500
+
+
 @dataclass(frozen=True)
 class Pair:
     """A query, a document that answers it, and the unit (module, text) that may not be torn between splits."""
@@ -188,7 +192,8 @@ class RetrievalTask(Task):
         for split in SPLITS:
             if len(self.parts[split].documents) < 2:
                 raise DataError(f"{name}: {len(pairs)} pairs are too few for three splits of at least 2 documents")
-        self.pools = {split: draw_pool(self.parts[split], pool, seed) for split in SPLITS}
+        sizes = {split: min(pool, RANKING) if split == "calibrate" else pool for split in SPLITS}
+        self.pools = {split: draw_pool(self.parts[split], sizes[split], seed) for split in SPLITS}
         self.metric = f"mrr@{DEPTH}/{len(self.pools['test'].documents)}"
         self.higher_is_better = True
         self._fingerprint = digest(
