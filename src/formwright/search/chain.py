@@ -1,8 +1,8 @@
 """The chain: how far a model can be cut when it is healed between cuts.
 
 Moves stand in an order, the cheapest loss of quality per share of cost first. The chain begins boldly, with a set of
-moves worth ``BOLD`` of the cost, because many cuts healed once for long keep more than single cuts healed briefly; a set
-that keeps enough is followed by smaller steps; one that does not is healed further, then halved: the dearer half of
+moves worth ``BOLD`` of the cost, because many cuts healed once for long keep more than single cuts healed briefly. A
+set that keeps enough is followed by smaller steps. One that does not is healed further, then halved: the dearer half of
 its parts is put back, while everything else stays as healed.
 """
 
