@@ -1,9 +1,9 @@
-"""The chain: how far a model can be cut when it is healed between cuts.
+"""The chain: how far a model can be cut, first as it is, then healed.
 
-Moves stand in an order, the cheapest loss of quality per share of cost first. The chain begins boldly, with a set of
-moves worth ``BOLD`` of the cost, because many cuts healed once for long keep more than single cuts healed briefly. A
-set that keeps enough is followed by smaller steps. One that does not is healed further, then halved: the dearer half of
-its parts is put back, while everything else stays as healed.
+Moves stand in an order, the cheapest loss of quality per share of cost first. First they are added one after another
+without any training: some sublayers are hardly missed, and a short healing moves a model further than it repairs. Then,
+where there is time for a long one, a bold set of moves worth ``BOLD`` of the cost is healed; one that falls short is
+halved, the dearer part put back while everything else stays as healed, and one that keeps enough is followed by more.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from formwright.surgery import apply, copy
 if TYPE_CHECKING:
     from formwright.search.slim import Search
 
-#: Share of the original's cost that the first set of moves is worth, and each further one.
-BOLD, STEP = 0.38, 0.12
-#: How often a set that falls short is healed further before it is halved.
-SECOND_CHANCES = 1
+#: Share of the original's cost that the first healed set of moves is worth, and each further one.
+BOLD, STEP = 0.30, 0.12
+#: Unhealed candidates that may fall short, one after another, before the rest is left to healing.
+MISSES = 2
 #: Share of the time left that one healing may take, and the steps beyond which it no longer helps.
-SHARE, MOST = 0.5, 500
-#: Steps that find out how fast healing is here; no healing is shorter.
+SHARE, MOST = 0.75, 2000
+#: Steps below which healing does more harm than good to a model that still works.
+LEAST = 300
+#: Steps that find out how fast healing is here.
 PILOT = 10
 #: Peak learning rate of healing: short trainings do not forgive the default of long ones.
 RATE = 4e-4
@@ -41,44 +43,48 @@ class Chain:
 
     def run(self) -> None:
         order, gains = self.order()
-        weights = self.original  # where the values of the next trial come from: the original, or the last healed model
-        drops: list[str] = []
-        healed = number = failures = 0
-        stride = BOLD
-        rung = self.take(order, gains, stride)
-        while rung and failures < 3 and len(self.original.residuals()) - len(drops) - len(rung) > 0:
-            number += 1
-            if not self.due(f"candidate/{number}"):
-                break
-            trial = self.cut(weights, [*drops, *rung])
-            accepted, spent = self.attempt(trial, number, [*drops, *rung], healed)
-            healed += spent
-            weights = trial
-            if accepted:
-                drops += rung
-                stride = STEP
-                rung = self.take([m for m in order if m not in drops], gains, stride)
-            else:
-                failures += 1
-                if len(rung) == 1:
-                    order = [m for m in order if m not in rung]
-                    rung = self.take([m for m in order if m not in drops], gains, 0.0)
-                else:
-                    rung = rung[: len(rung) // 2]
+        kept = self.unhealed(order)
+        self.healed(order, gains, kept)
 
-    def attempt(self, trial: Any, number: int, drops: list[str], healed: int) -> tuple[bool, int]:
-        """Heal and score one trial, again where it falls short and time is left -> (kept enough, steps)."""
-        spent = 0
-        for chance in range(1 + SECOND_CHANCES):
-            key = f"{number}" if chance == 0 else f"{number}+{chance}"
-            if chance and not self.due(f"candidate/{key}"):
+    def unhealed(self, order: list[str]) -> list[str]:
+        """Add moves while the model keeps enough as it is -> the items that can go."""
+        drops: list[str] = []
+        misses = 0
+        for number, item in enumerate(order[:-1]):
+            key = f"u{number + 1}"
+            if misses >= MISSES or not self.due(f"candidate/{key}"):
                 break
-            self.search.status(now=f"drop {', '.join(drops)} and heal", elapsed=self.space.elapsed)
-            spent += self.heal(trial, key)
-            made = self.search.candidate(key, trial, drops, healed + spent, self.precision, f"steps/{key}")
+            self.search.status(now=f"drop {', '.join([*drops, item])}", elapsed=self.space.elapsed)
+            trial = self.cut(self.original, [*drops, item])
+            made = self.search.candidate(key, trial, [*drops, item], 0, self.precision, None)
             if made.accepted:
-                return True, spent
-        return False, spent
+                drops, misses = [*drops, item], 0
+            else:
+                misses += 1
+        return drops
+
+    def healed(self, order: list[str], gains: dict[str, float], kept: list[str]) -> None:
+        """Heal sets bolder than what goes unhealed, while there is time for healings that are long enough."""
+        drops: list[str] = []
+        weights, healed, number = self.original, 0, 0
+        rung = self.take(order, gains, BOLD)
+        while len(rung) + len(drops) > len(kept) and len(drops) + len(rung) < len(order):
+            number += 1
+            trial = self.cut(weights, [*drops, *rung])
+            if f"heal/{number}" not in self.space.results and self.steps(trial) < LEAST:
+                self.search.say("no time is left for a healing that helps; more --minutes may find more")
+                break
+            self.search.status(now=f"drop {', '.join([*drops, *rung])} and heal", elapsed=self.space.elapsed)
+            healed += self.heal(trial, f"{number}")
+            weights = trial
+            made = self.search.candidate(f"{number}", trial, [*drops, *rung], healed, self.precision, f"steps/{number}")
+            if made.accepted:
+                drops += rung
+                rung = self.take([m for m in order if m not in drops], gains, STEP)
+            else:
+                rung = rung[: len(rung) * 2 // 3]
+                if not rung:
+                    break
 
     # ------------------------------------------------------------------ the order of moves
 
@@ -152,13 +158,16 @@ class Chain:
             return known["steps"]
 
         def work() -> dict[str, Any]:
-            rate = self.rate(trial)
-            steps = min(MOST, max(PILOT, int(SHARE * max(self.left(), 0.0) * rate)))
+            steps = self.steps(trial)
             heal(trial, self.original, self.search.texts, steps=steps, lr=RATE, seed=self.search.seed)
             save(trial, directory, overwrite=True)
             return {"steps": steps}
 
         return self.space.once(f"heal/{key}", work)["steps"]
+
+    def steps(self, trial: Any) -> int:
+        """How many steps of healing there is time for."""
+        return min(MOST, int(SHARE * max(self.left(), 0.0) * self.rate(trial)))
 
     def rate(self, trial: Any) -> float:
         """Healing steps a second on this machine, timed once on a copy."""

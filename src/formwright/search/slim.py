@@ -30,7 +30,7 @@ from formwright.measure.timing import Timing
 from formwright.measure.workload import Workload, default_shape, workload
 from formwright.search import evidence
 from formwright.search.chain import Chain
-from formwright.search.moves import cost
+from formwright.search.moves import cost, drop_plan
 from formwright.search.workspace import Workspace
 from formwright.surgery import apply, copy, surgery, words
 from formwright.surgery.base import Plan
@@ -254,6 +254,9 @@ class Search:
         from formwright.hub import load
 
         base = self.original if made.steps is None else load(self.space.path / made.steps)
+        if made.steps is None and made.drops:
+            base = copy(self.original, share=True)
+            apply(base, drop_plan(base, made.drops))
         return self.precise(base, made.precision)
 
     def finish(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import sysconfig
 import textwrap
 import tokenize
 import warnings
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 #: Tests and fixtures, generated encodings, installed packages, and two applications that are no library.
@@ -51,8 +51,8 @@ def modules() -> tuple[tuple[str, str], ...]:
 
 
 @functools.lru_cache(maxsize=1)
-def functions() -> tuple[tuple[str, str, str], ...]:
-    """(module path, summary, source) of every function with a summary of 3 words or more and 2 lines of source."""
+def definitions() -> tuple[tuple[str, str, str], ...]:
+    """(module path, docstring or "", source without it) of every function of 2 lines of source or more."""
     found = []
     for module, source in modules():
         # No triple quote means, in this library, no docstring; parsing is what costs.
@@ -66,14 +66,29 @@ def functions() -> tuple[tuple[str, str, str], ...]:
             continue
         lines = source.splitlines()
         for node in _definitions(tree):
-            doc = ast.get_docstring(node)
-            query = summary(doc) if doc else ""
-            if len(query.split()) < LEAST_WORDS:
-                continue
-            document = without_docstring(lines, node)
+            doc = ast.get_docstring(node) or ""
+            document = without_docstring(lines, node, bool(doc))
             if document.count("\n") + 1 >= LEAST_LINES:
-                found.append((module, query, document))
+                found.append((module, doc, document))
     return tuple(found)
+
+
+@functools.lru_cache(maxsize=1)
+def functions() -> tuple[tuple[str, str, str], ...]:
+    """(module path, summary, source) of every function with a summary of 3 words or more and 2 lines of source."""
+    said = ((module, summary(doc) if doc else "", document) for module, doc, document in definitions())
+    return tuple(row for row in said if len(row[1].split()) >= LEAST_WORDS)
+
+
+def unlabelled(left_out: Container[str]) -> list[str]:
+    """Sources of functions that no summary describes, of every module that is not left out, each once."""
+    return list(
+        dict.fromkeys(
+            document
+            for module, doc, document in definitions()
+            if module not in left_out and len(summary(doc).split() if doc else ()) < LEAST_WORDS
+        )
+    )
 
 
 def _definitions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -92,8 +107,11 @@ def summary(docstring: str) -> str:
     return sentence.group(0) if sentence else paragraph
 
 
-def without_docstring(lines: list[str], node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+def without_docstring(lines: list[str], node: ast.FunctionDef | ast.AsyncFunctionDef, documented: bool = True) -> str:
     """The definition's source from its ``def`` on, its docstring and empty lines left out, dedented."""
+    if not documented:
+        whole = lines[node.lineno - 1 : node.end_lineno]
+        return textwrap.dedent("\n".join(line.rstrip() for line in whole if line.strip()))
     doc = node.body[0]
     head = lines[node.lineno - 1 : doc.lineno - 1]
     if doc.lineno == node.lineno:

@@ -40,3 +40,13 @@ class StdlibRetrieval(RetrievalTask):
             rows=rows,
             notes=[f"standard library of Python {_stdlib.version()}"],
         )
+        judged = {text for split in ("select", "test") for text in self.parts[split].documents}
+        self._left_out = {pair.unit for pair in pairs if pair.document in judged}
+        self._judged = judged
+
+    def texts(self, split: str) -> list[str]:
+        """As everywhere; for *calibrate* also the functions without a summary, of modules that are not judged."""
+        found = super().texts(split)
+        if split != "calibrate":
+            return found
+        return found + [text for text in _stdlib.unlabelled(self._left_out) if text not in self._judged]
