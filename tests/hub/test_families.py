@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from formwright.engine.state import State
-from formwright.hub.families._files import write_tensors
+from formwright.hub import tensors as files_of_tensors
 from formwright.hub.huggingface import can_say, family_of, read, write
 from formwright.kit.errors import DataError, FormwrightError, Refusal
 from formwright.models.batch import Batch
@@ -137,7 +137,7 @@ def test_sharded_and_half_precision(tmp_path: Path) -> None:
 
 def test_written_shards_read_again(bert: Path, tmp_path: Path) -> None:
     tensors = load_file(bert / "model.safetensors")
-    write_tensors(tmp_path, tensors, shard=10_000)
+    files_of_tensors.write(tensors, tmp_path, size=10_000)
     shutil.copy(bert / "config.json", tmp_path)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
     one, other = read(bert), read(tmp_path)

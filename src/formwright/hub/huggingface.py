@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from formwright import registry
+from formwright.hub import tensors as files_of_tensors
 from formwright.hub.families._compare import differences, kind_of
 from formwright.hub.families._family import Data, Facts, Family, assign
-from formwright.hub.families._files import FLOATS, Store, read_json, small_files, write_json, write_tensors
+from formwright.hub.families._files import FLOATS, Store, read_json, small_files, write_json
 from formwright.hub.families._sentence import pooling_of, read_sentences, sentence_files
 from formwright.hub.families._table import Row, bind
 from formwright.kit.errors import DataError, FormwrightError, Refusal, nearest, unknown
@@ -376,7 +377,7 @@ def write_into(model: Any, folder: Path) -> None:
         if key in config and len(floating) == 1:
             config[key] = next(iter(floating))
     write_json(folder / "config.json", config)
-    write_tensors(folder, tensors)
+    files_of_tensors.write(tensors, folder)
     files = dict(source.get("files", {}))
     if model.tokenizer is not None:
         files.update(model.tokenizer.files)

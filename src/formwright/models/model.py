@@ -6,6 +6,7 @@ public, so any pass can be cut at an item's id: search, probes, checkpointing an
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,7 +38,7 @@ from formwright.parts.make import make, module_dict
 from formwright.spec import ModelSpec
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Entry:
     """One line of a model's history: a ``surgery`` (its plan replays at load) or an ``event`` (trained, healed)."""
 
@@ -47,6 +48,9 @@ class Entry:
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, "name": self.name, "data": dict(self.data)}
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} {self.name}: {reprlib.repr(dict(self.data))}>"  # a plan can list hundreds of sites
 
 
 class Model(TextFace, ItemList):

@@ -89,7 +89,7 @@ class TextFace:
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """What the heads say of a batch, without gradient: ``logits`` of the only head, or by name; padded rows."""
         with reading(self):
-            out = self(batch)  # type: ignore[operator]
+            out = self(batch.to(self.device))  # type: ignore[operator,attr-defined]
         return out if isinstance(out, dict) else {"logits": out}
 
     def predict(self, texts: Sequence[str], pairs: Sequence[str] | None = None, batch_size: int = 32) -> list[dict]:

@@ -80,7 +80,7 @@ class Point:
     bound: Number = None
     select: Number = None
     ms: Number = None
-    ms_spread: Number = None  # (max - min) / min over the repeats
+    ms_spread: Number = None  # interquartile range over the median of the repeats
     noisy: Flag = False
     speed: Number = None
     bytes: Count = None

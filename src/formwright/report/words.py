@@ -183,5 +183,7 @@ def noise(front: Front) -> str:
     """How far the timings can be trusted."""
     spreads = [p.ms_spread for p in front.points if p.ms_spread is not None]
     noisy = [p.name for p in front.points if p.noisy]
-    text = f"repeats differ by at most {percent(max(spreads))}" if spreads else "the spread was not recorded"
+    text = "the spread was not recorded"
+    if spreads:
+        text = f"the middle half of a timing's repeats spans at most {percent(max(spreads))}"
     return f"{text}; noisy (above 10 %): {', '.join(noisy)}" if noisy else f"{text}; none marked noisy"

@@ -222,6 +222,7 @@ class Generated:
         self, name: str, sample: Callable[..., Any], vocabulary: int, classes: int, metric: str | None
     ) -> None:
         self.name, self.sample, self.vocabulary, self.classes, self.metric = name, sample, vocabulary, classes, metric
+        self.__module__ = sample.__module__  # it belongs to the file that decorates, which may be a plug-in
 
     def __call__(
         self, length: int = 64, seed: int = 0, size: int = 1000, rows: int = 32, metric: str | None = None
@@ -247,6 +248,7 @@ class FromFiles:
         self, name: str, reader: Callable[..., Iterable[Any]], data: str | Path | None, metric: str | None
     ) -> None:
         self.name, self.reader, self.data, self.metric = name, reader, data, metric
+        self.__module__ = reader.__module__
 
     def __call__(
         self,

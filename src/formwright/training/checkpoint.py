@@ -97,6 +97,8 @@ class RunDirectory:
         with replacing(self.at(step), overwrite=True, need=need) as folder:
             for name, group in tensors.items():
                 save_file({key: _own(value) for key, value in group.items()}, folder / f"{name}.safetensors")
+                # The library makes its files readable by their owner only; they are to be as public as the folder.
+                (folder / f"{name}.safetensors").chmod(folder.stat().st_mode & 0o666)
             record = {"format": FORMAT, "step": step, **plain}
             (folder / "state.json").write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
         if best:

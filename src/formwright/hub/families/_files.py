@@ -7,7 +7,7 @@ is one sentence that names it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,6 @@ from torch import Tensor
 from formwright.kit.errors import DataError
 
 INDEX = "model.safetensors.index.json"
-#: Bytes of one file before the tensors are spread over several.
-SHARD = 5_000_000_000
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -118,32 +116,6 @@ class Store:
                         f"{path}: tensor {name} holds {wrong} values that are not finite numbers (NaN, inf)"
                     )
         return tensor
-
-
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard: int = SHARD) -> None:
-    """``model.safetensors``, or shards of about ``shard`` bytes and their index."""
-    from safetensors.torch import save_file
-
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name, tensor in ready.items():
-        size = tensor.numel() * tensor.element_size()
-        if groups[-1] and filled + size > shard:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += size
-    if len(groups) == 1:
-        save_file(ready, folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    places: dict[str, str] = {}
-    for index, names in enumerate(groups):
-        file = f"model-{index + 1:05d}-of-{len(groups):05d}.safetensors"
-        save_file({name: ready[name] for name in names}, folder / file, metadata={"format": "pt"})
-        places.update(dict.fromkeys(names, file))
-    total = sum(tensor.numel() * tensor.element_size() for tensor in ready.values())
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 
 def write_json(path: Path, data: Any) -> None:
