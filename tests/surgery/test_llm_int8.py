@@ -87,7 +87,7 @@ def test_planted_outliers_are_found_and_kept_in_float() -> None:
     for address, found in plan.decisions["slots"].items():
         if address.endswith((":q", ":k", ":v", ":up")):
             assert set(found) <= set(columns) and len(found) >= 4
-    assert plain > 10 * calibrated and plain > 2 * by_batch > 4 * calibrated
+    assert plain > 10 * calibrated and plain > 1.5 * by_batch and by_batch > 2 * calibrated
 
 
 def test_calibration_looks_at_no_padding() -> None:

@@ -1,0 +1,95 @@
+// Threads, scratch memory and the choice of instruction set; see common.hpp.
+#include "common.hpp"
+
+#include <atomic>
+#include <cstdlib>
+
+namespace {
+
+using Entry = void (*)(void (*)(void*), void*, unsigned, unsigned);
+std::atomic<Entry> entry{nullptr};
+std::atomic<int> ceiling{fw::VNNI};
+
+struct Job {
+  fw::Range work;
+  void* data;
+  int64_t count, grain;
+  std::atomic<int64_t> next{0};
+};
+
+// Pieces are handed out as threads come: a thread that the machine holds up does not hold up the others.
+void drain(void* given) {
+  Job& job = *static_cast<Job*>(given);
+  for (;;) {
+    const int64_t first = job.next.fetch_add(job.grain);
+    if (first >= job.count) return;
+    const int64_t last = first + job.grain;
+    job.work(job.data, first, last < job.count ? last : job.count);
+  }
+}
+
+struct Store {
+  void* at[4] = {};
+  size_t size[4] = {};
+  ~Store() {
+    for (void* held : at) std::free(held);
+  }
+};
+
+}  // namespace
+
+namespace fw {
+
+int level() {
+  static const int best = [] {
+#ifdef FW_X86
+    __builtin_cpu_init();
+    const bool two = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512vnni");
+    return two && wide ? VNNI : two ? AVX2 : PORTABLE;
+#else
+    return PORTABLE;
+#endif
+  }();
+  const int most = ceiling.load(std::memory_order_relaxed);
+  return best < most ? best : most;
+}
+
+void spread(int64_t count, int64_t grain, int threads, Range work, void* data) {
+  if (count <= 0) return;
+  if (grain < 1) grain = 1;
+  const Entry run = entry.load(std::memory_order_relaxed);
+  const int64_t pieces = (count + grain - 1) / grain;
+  if (threads > pieces) threads = static_cast<int>(pieces);
+  if (threads < 2 || run == nullptr) {
+    work(data, 0, count);
+    return;
+  }
+  Job job{work, data, count, grain};
+  run(drain, &job, static_cast<unsigned>(threads), 0);
+}
+
+void* scratch(int slot, size_t bytes) {
+  thread_local Store store;
+  if (store.size[slot] < bytes) {
+    std::free(store.at[slot]);
+    const size_t whole = (bytes + 4095) / 4096 * 4096;
+    store.at[slot] = std::aligned_alloc(64, whole);
+    store.size[slot] = store.at[slot] ? whole : 0;
+    if (store.at[slot] == nullptr) std::abort();
+  }
+  return store.at[slot];
+}
+
+}  // namespace fw
+
+// `parallel` is GOMP_parallel of a loaded OpenMP runtime, or null.
+FW_API void fw_use_runtime(void* parallel) { entry.store(reinterpret_cast<Entry>(parallel)); }
+
+// Keeps to instruction sets up to `most` (fw::Level) -> the one in use.
+FW_API int fw_level(int most) {
+  if (most >= 0) ceiling.store(most);
+  return fw::level();
+}
