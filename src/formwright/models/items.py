@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from formwright.kit.errors import SpecError
-from formwright.parts.base import Cost, Part, Shape, cost_sum
+from formwright.parts.base import Cost, Part, Shape, Tail, cost_sum
 from formwright.parts.context import Context
 
 Order = Literal["pre", "post", "sandwich"]
@@ -125,6 +125,10 @@ class Residual(Item):
         if inner.offsets is not None and not self.part.traits.packed:
             y = repacked(self.part, seen, inner)
         else:
+            if self.norm_out is None and getattr(self.combine, "plain", False) and not inner.wants("output"):
+                tail = Tail(x, self.norm if self.order == "post" else None)
+                if self.part.finishes(tail):
+                    return self.part(seen, inner, tail), ctx
             y = self.part(seen, inner)
         inner.note("output", y)
         if self.norm_out is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,17 @@ def cost_sum(costs: Iterator[Cost] | list[Cost]) -> Cost:
     return total
 
 
+class Tail(NamedTuple):
+    """The rest of a residual sublayer, ``norm(x + y)`` or ``x + y``, for a part that can finish it in one pass."""
+
+    x: Tensor
+    norm: nn.Module | None = None
+
+    def after(self, y: Tensor) -> Tensor:
+        """The stream after the sublayer, step by step."""
+        return self.x + y if self.norm is None else self.norm(self.x + y)
+
+
 class LinearLike(nn.Module):
     """What a slot holds: a map of the last axis, (..., in_features) -> (..., out_features), named by its role.
 
@@ -125,6 +136,22 @@ class LinearLike(nn.Module):
     def project(cls, slots: list[LinearLike], x: Tensor, ctx: Context | None) -> list[Tensor]:
         """Several slots of this class applied to one input; kinds that prepare their input do it once here."""
         return [slot(x, ctx) for slot in slots]
+
+    def finishes(self, tail: Tail) -> bool:
+        """Whether :meth:`joined` takes this tail now; no, unless a kind has such a form."""
+        return False
+
+    def joined(self, x: Tensor, tail: Tail) -> Tensor:
+        """``tail`` over the map of x. Only where :meth:`finishes` says so."""
+        raise NotImplementedError
+
+    @classmethod
+    def perceptron(
+        cls, up: LinearLike, down: LinearLike, activation: str, x: Tensor, tail: Tail | None
+    ) -> Tensor | None:
+        """``down(activation(up(x)))`` and the tail at once, for two slots of this class; None where it has no such
+        form for them."""
+        return None
 
 
 class TableLike(nn.Module):
@@ -172,6 +199,10 @@ class Part(nn.Module):
     def slots(self) -> dict[str, Slot]:
         """The state it keeps when streaming; empty for a part without memory."""
         return {}
+
+    def finishes(self, tail: Tail) -> bool:
+        """Whether ``forward`` may be given ``tail=`` now, and then returns the stream after the sublayer."""
+        return False
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         raise NotImplementedError

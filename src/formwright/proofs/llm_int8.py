@@ -81,14 +81,14 @@ def bounded(seed: int) -> Claim:
     weight = torch.randn(150, 300, generator=generator, dtype=torch.float64).float().double()
     packed = op.Packed(*op.quantize_weight(weight))
     y = op.int8_linear(x.float(), [packed], [None])[0].double()
-    s_w, s_x = weight.abs().amax(1) / 127, x.abs().amax(1, keepdim=True) / packed.product.levels
+    s_w, s_x = weight.abs().amax(1) / 127, x.abs().amax(1, keepdim=True) / packed.levels
     bound = x.abs().sum(1, keepdim=True) * s_w / 2 + s_x / 2 * weight.abs().sum(1) + x.shape[1] * s_x * s_w / 4
     worst = float(((y - x @ weight.T).abs() / bound).max())
     return Claim(
         "the error of vector-wise products is bounded by half a step of each side",
         "implied by rounding",
         "<= 1 of the bound, every element",
-        f"at most {worst:.2f} of the bound, {packed.product.levels} levels a side",
+        f"at most {worst:.2f} of the bound, {packed.levels} levels a side",
         worst <= 1.0,
     )
 

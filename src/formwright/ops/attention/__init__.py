@@ -2,9 +2,9 @@
 
 All forms use (B, L, H, D) for queries and (B, S, G, D) for keys and values, where G divides H (grouped and multi-query
 attention). ``reference`` is the definition; :func:`attention` picks PyTorch's fused kernel. In the packed layout it
-runs document by document, so nothing crosses a border and no product is spent on padding. A query that sees no key
-gives zeros. Cost: 2 L S H D multiply-accumulates; memory linear in length except where a bias or mask must be made,
-which happens for ``CHUNK`` queries at a time.
+runs document by document, so nothing crosses a border and no product is spent on padding; where ``native`` was built
+that is one call. A query that sees no key gives zeros. Cost: 2 L S H D multiply-accumulates; memory linear in length
+except where a bias or mask must be made, which happens for ``CHUNK`` queries at a time.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from formwright.ops.attention.fused import fused_attention
+from formwright.ops.attention.native import packed_attention_native
 from formwright.ops.attention.reference import attention_reference
 from formwright.registry import Paper, register
 
@@ -129,6 +130,11 @@ def packed_attention(
 
     ``mask`` and ``bias`` are asked for positions inside a document.
     """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if mask is None and bias is None and window is None:
+        done = packed_attention_native(q, k, v, spans, scale, causal)
+        if done is not None:
+            return done
     out = []
     index = 0
     while index < len(spans):

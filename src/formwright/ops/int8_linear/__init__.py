@@ -1,13 +1,14 @@
 """The 8-bit linear map: most of a product in integers, a few outlier columns in float.
 
 Dettmers, Lewis, Belkada, Zettlemoyer, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", 2022
-(2208.07339). ``reference`` is the definition; ``products`` multiplies the integers, exactly, by the fastest route of
-the machine; this file quantises, puts the steps back, adds the outlier columns and differentiates.
+(2208.07339). ``reference`` is the definition. ``native`` does all of it in one pass over memory where it was built;
+elsewhere ``products`` multiplies the integers, exactly, by the fastest route of the machine, and this file quantises,
+puts the steps back and adds the outlier columns. This file also differentiates.
 
-Cost: T K O byte products, three passes over x and one over y, plus 2 T n O for n outlier columns. Error of a product
-without outliers, by element: ``sum_k |x| s_w/2 + |W| s_x/2``, with s_w = c_w/127 and s_x = c_x/levels. ``levels`` is
-127 where the processor adds byte products in 32 bits (VNNI, CUDA) and 64 on AVX2, where more would clip: the term of x
-is then c_x/128 instead of c_x/254. :func:`backend` says which holds.
+Cost: T K O byte products, one pass over x and y (three and one without ``native``), plus 2 T n O for n outlier columns.
+Error of a product without outliers, by element: ``sum_k |x| s_w/2 + |W| s_x/2``, with s_w = c_w/127 and
+s_x = c_x/levels. ``levels`` is 127 where byte products are added in 32 bits (``native``, VNNI, CUDA) and 64 for oneDNN
+on AVX2, where more would clip: the term of x is then c_x/128 instead of c_x/254. :func:`backend` says which holds.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from formwright.ops import native as library
+from formwright.ops.int8_linear.native import ACTIVATIONS, NativeWeight, Tail, Term, linear, mlp
 from formwright.ops.int8_linear.products import Product, onednn_levels, route
 from formwright.ops.int8_linear.reference import (
     MAGIC,
@@ -38,10 +41,13 @@ __all__ = [
     "Packed",
     "Product",
     "Quantized",
+    "Tail",
     "backend",
     "dequantize_weight",
+    "int8_joined",
     "int8_linear",
     "int8_linear_reference",
+    "int8_mlp",
     "outlier_columns",
     "prepare",
     "quantize_columns",
@@ -49,6 +55,8 @@ __all__ = [
     "scheme_named",
 ]
 
+#: Instruction sets on which the compiled kernels are the fastest route.
+FAST = ("avx512-vnni",)
 #: Elements quantised at once where rows are independent: three passes over what is still in the cache.
 RUN = 1 << 19
 
@@ -56,6 +64,8 @@ RUN = 1 << 19
 def backend(device: torch.device | str = "cpu") -> str:
     """One line for ``doctor``: how 8-bit products are made on a device, and how exactly."""
     device = torch.device(device)
+    if device.type == "cpu" and library.level() in FAST:
+        return f"compiled kernels ({library.why()}), exact integers at 127 levels a side"
     name, levels = route(device)
     if name == "onednn":
         why = "32-bit sums" if levels == 127 else "16-bit pair sums, no VNNI: inputs are quantised to 7 bits"
@@ -68,7 +78,8 @@ def backend(device: torch.device | str = "cpu") -> str:
 
 
 class Packed:
-    """What is derived from a quantised weight and kept beside it: its product, the float columns of fixed outliers."""
+    """What is derived from a quantised weight and kept beside it: its layout for products, the float columns of fixed
+    outliers. With ``product`` that route is taken; otherwise the fastest."""
 
     def __init__(
         self,
@@ -78,13 +89,36 @@ class Packed:
         gains: Tensor | None = None,
         product: Product | None = None,
     ) -> None:
-        self.product = Product(weight) if product is None else product
         self.weight, self.zero, self.gains = weight, zero, gains
         self.scale = scale.float()
         #: Indices of the fixed outliers, as a tensor and as plain numbers to compare by.
         self.outliers = torch.nonzero(gains)[:, 0] if gains is not None and bool(gains.any()) else None
         self.left_out: tuple[int, ...] = () if self.outliers is None else tuple(self.outliers.tolist())
         self.columns = None if self.outliers is None else self.float_columns(self.outliers)
+        self._product = product
+        self.native: NativeWeight | None = None
+        plain = product is None and zero is None and 0 not in weight.shape and weight.device.type == "cpu"
+        if plain and library.level() in FAST:
+            self.native = NativeWeight(weight, self.scale)
+
+    @property
+    def product(self) -> Product:
+        """The weight laid out for the general route, made when first asked for."""
+        if self._product is None:
+            self._product = Product(self.weight)
+        return self._product
+
+    @property
+    def levels(self) -> int:
+        """Input levels a side."""
+        return 127 if self.native is not None else self.product.levels
+
+    def term(self, bias: Tensor | None, columns: Tensor | None = None, outliers: Tensor | None = None) -> Term:
+        """What the compiled kernels need to know; the fixed outliers where none are given."""
+        assert self.native is not None
+        if outliers is None:
+            outliers, columns = self.outliers, self.columns
+        return Term(self.native, bias, outliers, columns)
 
     def float_columns(self, outliers: Tensor) -> Tensor:
         """(n, O) float32: the dequantised columns, transposed."""
@@ -153,6 +187,13 @@ def _shifted(given: Quantized, packed: Packed, y: Tensor) -> Tensor:
     return (y.double() - taken * packed.scale.double()).float()
 
 
+def compiled(x: Tensor, packs: Sequence[Packed], scheme: Scheme, *others: Tensor | None) -> bool:
+    """Whether the compiled kernels take this call."""
+    if not scheme.rows or scheme.shifted or any(packed.native is None for packed in packs):
+        return False
+    return library.usable(x, *(t for t in others if t is not None))
+
+
 def forward(
     x: Tensor, packs: Sequence[Packed], biases: Sequence[Tensor | None], scheme: Scheme, threshold: float
 ) -> list[Tensor]:
@@ -162,6 +203,9 @@ def forward(
         found = outlier_columns(x, threshold)
         outliers = found if len(found) else None
         columns = [packed.float_columns(found) if len(found) else None for packed in packs]
+    if compiled(x, packs, scheme, *biases):
+        terms = [packed.term(*each, outliers) for packed, *each in zip(packs, biases, columns)]
+        return linear(x.contiguous(), terms)
     given = prepare(x, packs[0].product, scheme, outliers)
     return [finish(given, *each) for each in zip(packs, biases, columns)]
 
@@ -209,3 +253,39 @@ def int8_linear(
     else:
         made = forward(flat, packs, biases, scheme, threshold)
     return [y.to(x.dtype).view(*x.shape[:-1], y.shape[-1]) for y in made]
+
+
+def int8_mlp(
+    x: Tensor,
+    up: Packed,
+    up_bias: Tensor | None,
+    down: Packed,
+    down_bias: Tensor | None,
+    *,
+    activation: str,
+    scheme: Scheme = SCHEMES["vector"],
+    tail: Tail | None = None,
+) -> Tensor | None:
+    """``down(activation(up(x)))`` in one call, x (..., K) -> (..., O), finished by ``tail`` where there is one.
+
+    The same integers as two calls of :func:`int8_linear`. None where the compiled kernels do not take it.
+    """
+    others = (up_bias, down_bias, *(() if tail is None else (tail.residual, tail.gain, tail.shift)))
+    if activation not in ACTIVATIONS or not compiled(x, [up, down], scheme, *others):
+        return None
+    y = mlp(x.reshape(-1, x.shape[-1]), up.term(up_bias), down.term(down_bias), activation, _flat(tail))
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def int8_joined(
+    x: Tensor, packed: Packed, bias: Tensor | None, tail: Tail, *, scheme: Scheme = SCHEMES["vector"]
+) -> Tensor | None:
+    """``tail`` over one linear: LayerNorm(residual + W x + b), or without the norm. None as in :func:`int8_mlp`."""
+    if not compiled(x, [packed], scheme, bias, tail.residual, tail.gain, tail.shift):
+        return None
+    y = linear(x.reshape(-1, x.shape[-1]), [packed.term(bias)], _flat(tail))[0]
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _flat(tail: Tail | None) -> Tail | None:
+    return None if tail is None else tail._replace(residual=tail.residual.contiguous())

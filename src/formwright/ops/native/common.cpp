@@ -48,7 +48,7 @@ int level() {
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512vnni");
-    return two && wide ? VNNI : two ? AVX2 : PORTABLE;
+    return two && wide ? VNNI : two ? TWO : PORTABLE;
 #else
     return PORTABLE;
 #endif

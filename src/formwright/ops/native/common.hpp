@@ -17,22 +17,21 @@
 #define FW_API extern "C" __attribute__((visibility("default")))
 #define FW_INLINE inline __attribute__((always_inline))
 
-// Everything between FW_AVX512 and FW_END is compiled for that instruction set and only called where it exists.
-#define FW_TARGET_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma"
-#define FW_TARGET_AVX2 "avx2,fma"
+// Functions between FW_PUSH(...) and FW_END are compiled for an instruction set and only called where it exists.
+#define FW_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma"
+#define FW_AVX2 "avx2,fma"
+#define FW_DO(text) _Pragma(#text)
 #if defined(__clang__)
-#define FW_DO(text) _Pragma(#text)
-#define FW_PUSH(target) FW_DO(clang attribute push(__attribute__((target(target))), apply_to = function))
-#define FW_END _Pragma("clang attribute pop")
+#define FW_PUSH(name) FW_DO(clang attribute push(__attribute__((target(name))), apply_to = function))
+#define FW_END FW_DO(clang attribute pop)
 #else
-#define FW_DO(text) _Pragma(#text)
 #define FW_PUSH(name) FW_DO(GCC push_options) FW_DO(GCC target(name))
 #define FW_END FW_DO(GCC pop_options)
 #endif
 
 namespace fw {
 
-enum Level { PORTABLE = 0, AVX2 = 1, VNNI = 2 };
+enum Level { PORTABLE = 0, TWO = 1, VNNI = 2 };  // AVX2; AVX-512 with VNNI
 
 // The best instruction set of this processor, or a lower one that was asked for (tests run every path).
 int level();

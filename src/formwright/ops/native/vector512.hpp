@@ -4,7 +4,8 @@
 // erf: Abramowitz and Stegun 7.1.26, absolute error below 2e-7.
 
 static FW_INLINE __m512 exp512(__m512 x) {
-  x = _mm512_min_ps(_mm512_max_ps(_mm512_set1_ps(-87.3f), x), _mm512_set1_ps(88.3f));
+  // Of a number and NaN the second operand is given, so NaN passes.
+  x = _mm512_min_ps(_mm512_set1_ps(88.3f), _mm512_max_ps(_mm512_set1_ps(-87.3f), x));
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
   r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from formwright.parts.activations import activation as activation_named
-from formwright.parts.base import Part, Traits, dropout, project
+from formwright.parts.base import Part, Tail, Traits, dropout, project
 from formwright.parts.context import Context
 from formwright.parts.linears.dense import Dense
 from formwright.registry import Paper, register
@@ -28,13 +28,24 @@ class MLP(Part):
     ) -> None:
         super().__init__()
         self.activation, self.rate = activation_named(activation), dropout
+        self.activation_name = activation
         self.up = Dense(width, hidden, bias, "up")
         self.down = Dense(hidden, width, bias, "down")
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, ctx: Context, tail: Tail | None = None) -> Tensor:
+        noisy = self.training and self.rate > 0
+        if type(self.up) is type(self.down) and not noisy and not ctx.wants("hidden"):
+            done = type(self.up).perceptron(self.up, self.down, self.activation_name, x, tail)
+            if done is not None:
+                return done
         hidden = self.activation(self.up(x, ctx))
         ctx.note("hidden", hidden)
+        if tail is not None:
+            return self.down.joined(hidden, tail)
         return dropout(self.down(hidden, ctx), self.rate, ctx, self.training, "dropout")
+
+    def finishes(self, tail: Tail) -> bool:
+        return not (self.training and self.rate > 0) and self.down.finishes(tail)
 
 
 @register("channel", "gated-mlp", paper=Paper("Shazeer", 2020, "2002.05202"))

@@ -24,6 +24,8 @@ class Combine(nn.Module):
 
     reads: tuple[str, ...] = ()
     examples: tuple[dict, ...] = ({},)
+    #: Whether it is x + y and nothing else.
+    plain: bool = False
 
     def before(self, x: Tensor, ctx: Context) -> Tensor:
         return x
@@ -49,6 +51,7 @@ class Add(Combine):
         super().__init__()
         self.start = scale
         self.scale = nn.Parameter(torch.empty(width)) if learned else None
+        self.plain = not learned and scale == 1.0
 
     def reset(self, generator: torch.Generator) -> None:
         if self.scale is not None:

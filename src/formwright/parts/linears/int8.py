@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from formwright.kit.errors import SpecError
+from formwright.ops import int8_linear as op
 from formwright.ops.int8_linear import (
     Packed,
     dequantize_weight,
@@ -24,12 +25,24 @@ from formwright.ops.int8_linear import (
     quantize_weight,
     scheme_named,
 )
-from formwright.parts.base import Cost, LinearLike, Shape, TableLike
+from formwright.parts.base import Cost, LinearLike, Shape, TableLike, Tail
 from formwright.parts.context import Context
+from formwright.parts.norms.norms import LayerNorm
 from formwright.registry import Paper, register
 
 #: Rows of a table dequantised at once for the logits of a tied head.
 ROWS = 8192
+
+
+def _weights(norm: nn.Module | None) -> list[Tensor | None]:
+    return [] if norm is None else [norm.weight, norm.bias]  # type: ignore[list-item]
+
+
+def _tail(tail: Tail) -> op.Tail:
+    if tail.norm is None:
+        return op.Tail(tail.x)
+    assert isinstance(tail.norm, LayerNorm)
+    return op.Tail(tail.x, tail.norm.weight, tail.norm.bias, tail.norm.eps)
 
 
 @register("linear", "int8", paper=Paper("Dettmers et al.", 2022, "2208.07339"), summary="8-bit weights and products")
@@ -138,6 +151,34 @@ class Int8Linear(LinearLike):
             results = int8_linear(x, packs, biases, scheme=scheme_named(scheme), threshold=threshold)
             made.update({id(slot): y for slot, y in zip(held, results)})
         return [made[id(slot)] for slot in slots]
+
+    def finishes(self, tail: Tail) -> bool:
+        known = tail.norm is None or type(tail.norm) is LayerNorm
+        if self.threshold or not known or tail.x.shape[-1] != self.out_features:
+            return False
+        return op.compiled(tail.x, [self.packed()], scheme_named(self.scheme), self.bias, *_weights(tail.norm))
+
+    def joined(self, x: Tensor, tail: Tail) -> Tensor:
+        y = op.int8_joined(x, self.packed(), self.bias, _tail(tail), scheme=scheme_named(self.scheme))
+        return tail.after(self(x)) if y is None else y
+
+    @classmethod
+    def perceptron(
+        cls, up: LinearLike, down: LinearLike, activation: str, x: Tensor, tail: Tail | None
+    ) -> Tensor | None:
+        assert isinstance(up, Int8Linear) and isinstance(down, Int8Linear)
+        if up.threshold or down.threshold or up.scheme != down.scheme:
+            return None
+        return op.int8_mlp(
+            x,
+            up.packed(),
+            up.bias,
+            down.packed(),
+            down.bias,
+            activation=activation,
+            scheme=scheme_named(up.scheme),
+            tail=None if tail is None else _tail(tail),
+        )
 
     def dense_weight(self) -> Tensor:
         return dequantize_weight(self.weight, self.scale, self.zero, self.outliers)

@@ -22,6 +22,7 @@ from formwright.parts.base import (
     Part,
     Shape,
     Slot,
+    Tail,
     Traits,
     cost_sum,
     costed,
@@ -162,16 +163,26 @@ class Attention(Part):
             return ctx.replace(condition={**ctx.condition, self.reads[0]: table})
         return ctx
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, ctx: Context, tail: Tail | None = None) -> Tensor:
+        mixed = self._mixed(x, ctx).flatten(2)
+        if tail is not None:
+            return self.o.joined(mixed, tail)
+        return dropout(self.o(mixed, ctx), self.rate, ctx, self.training, "dropout")
+
+    def finishes(self, tail: Tail) -> bool:
+        return not (self.training and self.rate > 0) and self.o.finishes(tail)
+
+    def _mixed(self, x: Tensor, ctx: Context) -> Tensor:
+        """(B, L, H, D): what ``o`` reads."""
         if self.memory is not None:
-            return self._finish(self._cross(x, ctx), ctx)
+            return self._cross(x, ctx)
         x = ctx.clear(x)
         q, k, v = (t.unflatten(-1, (-1, self.head_width)) for t in project([self.q, self.k, self.v], x, ctx))
         q, k = self._prepare(q, k, x, ctx)
         rule = self.rule & ctx.visible
         if ctx.offsets is not None:
-            return self._finish(self._packed(q, k, v, rule, ctx), ctx)
-        return self._finish(self._padded(q, k, v, x, rule, ctx), ctx)
+            return self._packed(q, k, v, rule, ctx)
+        return self._padded(q, k, v, x, rule, ctx)
 
     def _prepare(self, q: Tensor, k: Tensor, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         if self.q_norm is not None and self.k_norm is not None:
@@ -335,9 +346,6 @@ class Attention(Part):
         if seen is None:
             return attention(q, k, v, scale=self.scale)
         return attention(q, k, v, scale=self.scale, mask=lambda rows, columns: seen[:, :, columns])
-
-    def _finish(self, out: Tensor, ctx: Context) -> Tensor:
-        return dropout(self.o(out.flatten(2), ctx), self.rate, ctx, self.training, "dropout")
 
     def cost(self, shape: Shape, knobs: Mapping[str, Any] = EMPTY) -> Cost:
         per_pair, each = 2 * self.heads * self.head_width, 2 * self.kv_heads * self.head_width * element_bytes(self)

@@ -1,0 +1,101 @@
+"""8-bit linears by the compiled kernels: quantising, products, bias, kept columns, activation, residual and norm in one
+pass; see ``native.cpp``. Integers are those of the definition at 127 levels on every instruction set."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_float, c_int64, c_void_p
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from formwright.ops import native
+
+#: Activations that are applied to a product while it is in registers, by the library's numbers.
+ACTIVATIONS = {"none": 0, "gelu": 1, "gelu-tanh": 2, "relu": 3, "silu": 4}
+
+
+class Tail(NamedTuple):
+    """The rest of a residual sublayer: ``residual + y``, normalised where there is a ``gain``."""
+
+    residual: Tensor
+    gain: Tensor | None = None
+    shift: Tensor | None = None
+    eps: float = 0.0
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = (
+        ("out", c_int64),
+        ("in_", c_int64),
+        *((name, c_void_p) for name in ("packed", "scale", "bias")),
+        ("outliers", c_int64),
+        *((name, c_void_p) for name in ("columns", "kept")),
+    )
+
+
+class _Tail(ctypes.Structure):
+    _fields_ = (*((name, c_void_p) for name in ("residual", "gain", "shift")), ("eps", c_float))
+
+
+class NativeWeight:
+    """A weight q_w (O, K) int8 with steps (O,) laid out for the kernels of the instruction set in use."""
+
+    def __init__(self, weight: Tensor, scale: Tensor) -> None:
+        self.out, self.in_ = weight.shape
+        made, shape = native.library(), (c_int64(self.out), c_int64(self.in_))
+        self.packed = torch.empty(made.fw_int8_packed_bytes(*shape), dtype=torch.int8)
+        source = weight.contiguous()
+        made.fw_int8_pack(c_void_p(source.data_ptr()), *shape, c_void_p(self.packed.data_ptr()))
+        self.scale = scale.float().contiguous()
+
+
+class Term(NamedTuple):
+    """A weight with its bias (O,) and the float weights (n, O) of the ``outliers`` (n,) among the inputs."""
+
+    weight: NativeWeight
+    bias: Tensor | None = None
+    outliers: Tensor | None = None
+    columns: Tensor | None = None
+
+    def pointers(self) -> _Weight:
+        weight, count = self.weight, 0 if self.outliers is None else len(self.outliers)
+        return _Weight(
+            weight.out, weight.in_, weight.packed.data_ptr(), weight.scale.data_ptr(), _pointer(self.bias),
+            count, _pointer(self.outliers), _pointer(self.columns),
+        )  # fmt: skip
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def linear(x: Tensor, terms: Sequence[Term], tail: Tail | None = None) -> list[Tensor]:
+    """x (T, K) contiguous -> (T, O) for each of the terms, which have the same outliers; ``tail`` for a single one."""
+    held = (_Weight * len(terms))(*(term.pointers() for term in terms))
+    found = [x.new_empty(x.shape[0], term.weight.out) for term in terms]
+    pointers = (c_void_p * len(found))(*(y.data_ptr() for y in found))
+    native.library().fw_int8_linear(
+        held, c_int64(len(terms)), c_void_p(x.data_ptr()), c_int64(x.shape[0]), pointers,
+        ctypes.byref(_tail(tail)), ACTIVATIONS["none"], torch.get_num_threads(),
+    )  # fmt: skip
+    return found
+
+
+def mlp(x: Tensor, up: Term, down: Term, activation: str, tail: Tail | None = None) -> Tensor:
+    """down(activation(up(x))) for x (T, K) contiguous; a block of rows' hidden values never leave the cache."""
+    y = x.new_empty(x.shape[0], down.weight.out)
+    native.library().fw_int8_mlp(
+        ctypes.byref(up.pointers()), ctypes.byref(down.pointers()),
+        c_void_p(x.data_ptr()), c_int64(x.shape[0]), c_void_p(y.data_ptr()),
+        ctypes.byref(_tail(tail)), ACTIVATIONS[activation], torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def _tail(tail: Tail | None) -> _Tail:
+    if tail is None:
+        return _Tail(None, None, None, 0.0)
+    return _Tail(tail.residual.data_ptr(), _pointer(tail.gain), _pointer(tail.shift), tail.eps)

@@ -1,0 +1,84 @@
+"""The compiled ops: one shared library, built at install from every ``ops/<name>/native.cpp``, called through ctypes.
+
+It needs neither PyTorch's headers nor Python's, so one build serves every version of both. Threads are PyTorch's own:
+the library runs on the OpenMP pool that PyTorch has loaded, within ``torch.get_num_threads()``. Where nothing was built
+or the processor lacks what an op needs, the op's other forms run; :func:`why` says so in a sentence.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Instruction sets, in the library's numbers.
+LEVELS = ("portable", "avx2", "avx512-vnni")
+
+
+@functools.lru_cache(maxsize=1)
+def library() -> Any:
+    """The loaded library, or None."""
+    found = importlib.util.find_spec("formwright._native")
+    if found is None or found.origin is None:
+        return None
+    try:
+        made = ctypes.CDLL(found.origin)
+    except OSError:
+        return None
+    made.fw_int8_packed_bytes.restype = ctypes.c_int64
+    entry = _pool()
+    if entry is not None:
+        made.fw_use_runtime(entry)
+    return made
+
+
+def _pool() -> ctypes.c_void_p | None:
+    """The entry of the OpenMP runtime that PyTorch has loaded: work then runs on its threads."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    paths = {line.split(maxsplit=5)[-1] for line in lines if "libgomp" in line}
+    own = sorted(paths, key=lambda path: "torch" not in path)  # another package may have brought one as well
+    for path in own:
+        try:
+            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p)
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def level(most: int = -1) -> str | None:
+    """The instruction set in use; ``most`` keeps to that one and below from now on. None where nothing is built."""
+    made = library()
+    return None if made is None else LEVELS[made.fw_level(most)]
+
+
+def why() -> str:
+    """One line for ``doctor``."""
+    name = level()
+    if name is None:
+        return "not built (no C++17 compiler at install): PyTorch's own kernels run, int8 and ragged batches slower"
+    threads = "PyTorch's threads" if _pool() is not None else "one thread (no OpenMP runtime found)"
+    return f"{name}, {threads}" + ("" if name == LEVELS[-1] else "; AVX-512 VNNI would be several times faster")
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether plain pointers may be handed over: float32 on the CPU, no gradient wanted, nobody tracing or counting."""
+    if library() is None or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
+        return False
+    grads = torch.is_grad_enabled()
+    return all(
+        type(t) in (Tensor, torch.nn.Parameter)
+        and t.dtype == torch.float32
+        and t.device.type == "cpu"
+        and not (grads and t.requires_grad)
+        for t in tensors
+    )

@@ -1,0 +1,180 @@
+"""The compiled ops: every instruction set gives the definition's integers, fused forms what their steps give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from formwright.ops import int8_linear as op
+from formwright.ops import native
+from formwright.ops.attention import attention_reference, packed_attention
+from formwright.ops.attention.native import packed_attention_native
+from formwright.ops.int8_linear.native import ACTIVATIONS, NativeWeight, Tail, Term, linear, mlp
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="the compiled ops were not built on this machine")
+LEVELS = range(1 + native.LEVELS.index(native.level() or "portable"))
+REACHED: dict[str, object] = {
+    "gelu": F.gelu,
+    "gelu-tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "none": lambda x: x,
+}
+
+
+@pytest.fixture(params=LEVELS, ids=[native.LEVELS[i] for i in LEVELS], scope="module")
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """One instruction set after another; a weight laid out in a test is read by the same set."""
+    yield native.level(request.param)  # type: ignore[misc]
+    native.level(len(native.LEVELS))
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def laid_out(out: int, columns: int, seed: int = 0, scale: float = 1.0) -> tuple[NativeWeight, Tensor, Tensor]:
+    q, step, _ = op.quantize_weight(drawn(out, columns, seed=seed) * scale)
+    return NativeWeight(q, step), q, step
+
+
+@given(rows=st.integers(1, 200), columns=st.integers(1, 200), out=st.integers(1, 200), seed=st.integers(0, 99))
+def test_integers_are_exact_on_every_instruction_set(level: str, rows: int, columns: int, out: int, seed: int) -> None:
+    q = torch.randint(-127, 128, (out, columns), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
+    x = torch.randint(-127, 128, (rows, columns), generator=torch.Generator().manual_seed(seed + 1)).float()
+    x[:, 0] = 127.0  # so that the step of every row is 1
+    y = linear(x, [Term(NativeWeight(q, torch.ones(out)))])[0]
+    assert torch.equal(y.double(), x.double() @ q.double().T)
+
+
+def test_the_largest_sums_do_not_clip(level: str) -> None:
+    q = torch.full((70, 4096), 127, dtype=torch.int8)
+    q[1::2] = -127
+    x = torch.full((9, 4096), 127.0)
+    x[::3] = -127.0
+    y = linear(x, [Term(NativeWeight(q, torch.ones(70)))])[0]
+    assert torch.equal(y.double(), (x.double() @ q.double().T).float().double())
+
+
+@given(rows=st.integers(1, 120), count=st.integers(0, 3), seed=st.integers(0, 99))
+def test_layers_equal_the_definition(level: str, rows: int, count: int, seed: int) -> None:
+    x, bias = drawn(rows, 70, seed=seed), drawn(33, seed=seed + 1)
+    weight, q, step = laid_out(33, 70, seed)
+    outliers = torch.tensor([3, 40, 69])[:count]
+    x[:, outliers] *= 50
+    columns = op.dequantize_weight(q, step)[:, outliers].T.contiguous()
+    y = linear(x, [Term(weight, bias, outliers if count else None, columns if count else None)])[0]
+    wanted = op.int8_linear_reference(x, q, step, bias, outliers=outliers)
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_undefined_rows_stay_undefined_and_alone(level: str) -> None:
+    x, bias = drawn(6, 20), drawn(5)
+    x[1], x[4] = 0.0, 1e-42
+    x[2, 3], x[3, 4] = torch.nan, torch.inf
+    y = linear(x, [Term(laid_out(5, 20)[0], bias)])[0]
+    assert torch.equal(y[1], bias) and torch.isnan(y[2]).all() and not torch.isfinite(y[3]).any()
+    assert torch.isfinite(y[[0, 1, 4, 5]]).all()
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_the_float_ones(level: str, name: str) -> None:
+    identity = NativeWeight(torch.eye(64, dtype=torch.int8) * 127, torch.full((64,), 1 / 127))
+    x = torch.linspace(-12, 12, 64 * 50).view(50, 64)
+    plain = linear(x, [Term(identity)])[0]
+    # The second product reads the activated values: as one row it is their exact sum, quantised once.
+    made = mlp(x, Term(identity), Term(identity), name)
+    wanted = linear(REACHED[name](plain), [Term(identity)])[0]  # type: ignore[operator]
+    steps = REACHED[name](plain).abs().amax(1, keepdim=True) / 127  # type: ignore[operator]
+    assert ((made - wanted).abs() <= 1e-5 + 1.001 * steps).all()
+    assert (made - wanted).abs().mean() < 1e-3
+
+
+@given(rows=st.integers(1, 150), normed=st.booleans(), shifted=st.booleans(), seed=st.integers(0, 99))
+def test_tails_are_the_rest_of_the_sublayer(level: str, rows: int, normed: bool, shifted: bool, seed: int) -> None:
+    x, residual = drawn(rows, 24, seed=seed), drawn(rows, 40, seed=seed + 1)
+    gain, shift = drawn(40, seed=2), drawn(40, seed=3)
+    up, down = Term(laid_out(90, 24, seed)[0], drawn(90)), Term(laid_out(40, 90, seed)[0], drawn(40))
+    tail = Tail(residual, gain if normed else None, shift if normed and shifted else None, 1e-5)
+    whole = residual + mlp(x, up, down, "gelu")
+    wanted = F.layer_norm(whole, (40,), gain, tail.shift, 1e-5) if normed else whole
+    torch.testing.assert_close(mlp(x, up, down, "gelu", tail), wanted, rtol=1e-4, atol=1e-4)
+    narrow = Term(laid_out(40, 24, seed)[0], drawn(40))
+    whole = residual + linear(x, [narrow])[0]
+    wanted = F.layer_norm(whole, (40,), gain, tail.shift, 1e-5) if normed else whole
+    torch.testing.assert_close(linear(x, [narrow], tail)[0], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_number_of_threads_changes_nothing(level: str) -> None:
+    up, down = Term(laid_out(200, 64)[0], drawn(200)), Term(laid_out(64, 200)[0])
+    threads = torch.get_num_threads()
+    for rows in (3, 47, 96, 301):
+        x = drawn(rows, 64, seed=rows)
+        found = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append((mlp(x, up, down, "gelu"), linear(x, [up])[0]))
+        torch.set_num_threads(threads)
+        assert all(torch.equal(a, found[0][0]) and torch.equal(b, found[0][1]) for a, b in found)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 90), min_size=1, max_size=6),
+    groups=st.sampled_from([(4, 4), (4, 2), (3, 1)]),
+    width=st.sampled_from([16, 32, 48, 80]),
+    causal=st.booleans(),
+)
+def test_packed_attention_equals_the_definition(
+    lengths: list[int], groups: tuple[int, int], width: int, causal: bool
+) -> None:
+    total, (heads, held) = sum(lengths), groups
+    q, k, v = (drawn(1, total, n, width, seed=i) for i, n in enumerate((heads, held, held)))
+    spans, at = [], 0
+    for length in lengths:
+        spans.append((at, at + length))
+        at += length
+    found = packed_attention(q, k, v, spans, causal=causal)
+    for start, stop in spans:
+        if stop > start:
+            steps = torch.arange(stop - start)
+            seen = (steps[None] <= steps[:, None])[None] if causal else None
+            rows = (t[:, start:stop].double() for t in (q, k, v))
+            wanted, _ = attention_reference(*rows, scale=width**-0.5, seen=seen)
+            torch.testing.assert_close(found[:, start:stop].double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(native.level() != "avx512-vnni", reason="the attention kernel needs AVX-512")
+def test_attention_takes_strided_rows_and_passes_nan() -> None:
+    qkv = drawn(1, 50, 3, 4, 32)
+    q, k, v = (qkv[:, :, i] for i in range(3))
+    spans = [(0, 20), (20, 50)]
+    found = packed_attention_native(q, k, v, spans, 32**-0.5, False)
+    assert found is not None
+    torch.testing.assert_close(found, packed_attention(*(t.contiguous() for t in (q, k, v)), spans))
+    k = k.clone()
+    k[0, 7] = torch.nan
+    found = packed_attention_native(q, k, v.clone(), spans, 32**-0.5, False)
+    assert found is not None and torch.isnan(found[:, :20]).all() and torch.isfinite(found[:, 20:]).all()
+
+
+def test_nothing_is_handed_over_that_needs_more_than_numbers() -> None:
+    x = drawn(2, 3)
+    assert native.usable(x)
+    assert not native.usable(x.double()) and not native.usable(x.to("meta"))
+    assert not native.usable(x.clone().requires_grad_())
+    with torch.no_grad():
+        assert native.usable(x.clone().requires_grad_())
+    with FlopCounterMode(display=False):
+        assert not native.usable(x)
+    assert not torch.func.vmap(lambda row: torch.tensor(native.usable(row)))(x).any()
+
+
+def test_doctor_says_what_runs() -> None:
+    assert (native.level() or "") in native.why()
