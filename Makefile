@@ -6,7 +6,7 @@ BIN     = $(VENV)/bin
 .PHONY: demo test lint bench proofs docs index clean
 .DEFAULT_GOAL = test
 
-$(BIN)/.core: pyproject.toml
+$(BIN)/.core: pyproject.toml setup.py $(wildcard src/formwright/ops/*/*.cpp src/formwright/ops/*/*.hpp)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch==2.13.0
 	$(BIN)/pip install -q -e ".[report]"

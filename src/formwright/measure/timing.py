@@ -48,11 +48,17 @@ class Timing:
 
 
 def alternate(
-    contenders: Mapping[str, Callable[[], object]], *, rounds: int = 5, warmup: int = 1, seconds: float | None = None
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 5,
+    warmup: int = 1,
+    seconds: float | None = None,
+    pause: float = 0.0,
 ) -> dict[str, Timing]:
     """Time every contender ``rounds`` times in one alternating run; ``seconds`` ends it early, after at least 3 rounds.
 
-    Every other round runs in the opposite order, so that none always follows the same neighbour.
+    Every other round runs in the opposite order, so that none always follows the same neighbour. ``pause`` seconds
+    before each time, threads of the last contender that still wait for work go to sleep.
     """
     for _ in range(warmup):
         for run in contenders.values():
@@ -62,6 +68,7 @@ def alternate(
     started = time.perf_counter()
     for index in range(rounds):
         for name in names if index % 2 == 0 else reversed(names):
+            time.sleep(pause)
             begin = time.perf_counter()
             contenders[name]()
             found[name].append(time.perf_counter() - begin)
