@@ -6,6 +6,7 @@ pipe, the same for all.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import multiprocessing
 import time
@@ -45,8 +46,10 @@ class Worker:
         return self._answer()
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.pipe.send("end")
+        self.process.join(timeout=10)
         self.process.kill()
-        self.process.join()
 
     def _answer(self) -> Any:
         try:
@@ -72,7 +75,6 @@ def _serve(pipe: Connection, target: str, threads: int, arguments: dict[str, Any
         text = " ".join(str(error).split())[:160]
         pipe.send(("error", f"{type(error).__name__}: {text} ({last.name})"))
         return
-    while True:
-        wanted = pipe.recv()
+    while (wanted := pipe.recv()) != "end":
         found = run()
         pipe.send(("done", np.asarray(found, dtype=np.float64) if wanted == "vectors" else None))

@@ -89,7 +89,7 @@ def test_activations_are_the_float_ones(level: str, name: str) -> None:
     identity = NativeWeight(torch.eye(64, dtype=torch.int8) * 127, torch.full((64,), 1 / 127))
     x = torch.linspace(-12, 12, 64 * 50).view(50, 64)
     plain = linear(x, [Term(identity)])[0]
-    # The second product reads the activated values: as one row it is their exact sum, quantised once.
+    # The second product reads the activated values; one that lies on the border of two steps may fall either way.
     made = mlp(x, Term(identity), Term(identity), name)
     wanted = linear(REACHED[name](plain), [Term(identity)])[0]  # type: ignore[operator]
     steps = REACHED[name](plain).abs().amax(1, keepdim=True) / 127  # type: ignore[operator]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from formwright.kit.errors import DataError, all_of, nearest
+from formwright.kit.files import publish
 
 #: Bytes above which tensors go to several files.
 SHARD = 5_000_000_000
@@ -93,8 +94,7 @@ def write(
     for name, held in zip(names, files):
         trace(f"write {name}")
         save_file(_apart(held), directory / name, metadata={"format": "pt"})
-        # The library makes its files readable by their owner only; they are to be as public as the directory.
-        (directory / name).chmod(directory.stat().st_mode & 0o666)
+        publish(directory / name)
     if len(files) > 1:
         where = {key: name for name, held in zip(names, files) for key in held}
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": where}

@@ -440,3 +440,8 @@ class DirectoryWriter:
 
 
 replacing = DirectoryWriter
+
+
+def publish(path: Path) -> None:
+    """Make a file as public as its folder: some libraries write files that only their owner can read."""
+    path.chmod(path.parent.stat().st_mode & 0o666)

@@ -268,9 +268,14 @@ def tables(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, TableLike
             yield from tables(child, path)
 
 
+def drops(rate: float, training: bool) -> bool:
+    """Whether dropout does anything."""
+    return training and rate > 0.0
+
+
 def dropout(x: Tensor, rate: float, ctx: Context, training: bool, name: str) -> Tensor:
     """Inverted dropout from keyed noise, so that a recomputed span drops the same entries."""
-    if not training or rate == 0.0:
+    if not drops(rate, training):
         return x
     keep = ctx.noise(tuple(x.shape), x, "uniform", name) >= rate
     return x * keep / (1.0 - rate)

@@ -2,8 +2,8 @@
 
 Moves stand in an order, the cheapest loss of quality per share of cost first. First they are added one after another
 without any training: some sublayers are hardly missed, and a short healing moves a model further than it repairs. Then
-one set of moves is healed for long. How bold it may be follows from the steps there is time for: what a healed model
-loses was measured to be about ``LOSS * cut / sqrt(steps)``, where ``cut`` is the share of the cost that was dropped. A
+one set of moves is healed for long. How bold it may be is guessed from the steps there is time for: a healed model is
+taken to lose about ``LOSS * cut / sqrt(steps)``, where ``cut`` is the share of the cost that was dropped. A
 set that falls short loses its dearer part, which is put back while everything else stays as healed; one that keeps
 enough is followed by more.
 """
@@ -22,8 +22,9 @@ from formwright.surgery import apply, copy
 if TYPE_CHECKING:
     from formwright.search.slim import Search
 
-#: Loss of quality of a healed model times the root of its steps over the share of the cost dropped: 1.0 to 1.2 for
-#: MiniLM on retrieval with only the layers after the first cut trained, less with all of them.
+#: Loss of quality of a healed model times the root of its steps over the share of the cost dropped. A guess: MiniLM on
+#: retrieval gave 1.0 to 1.2 three times and 2.3 once, all with only the layers after the first cut trained; a single
+#: figure is uncertain by about as much.
 LOSS = 1.1
 #: Share of the permitted loss that a set is aimed at, most of the cost that a first set may be worth, and each further.
 AIM, MOST, STEP = 0.8, 0.6, 0.12

@@ -127,7 +127,7 @@ class Search:
         return self.space.once(f"{split}/{key}", work)
 
     def kept(self, value: float, split: str = "select") -> float:
-        return evidence.kept(self.task, value, self.score(self.original, split, "original")["value"])
+        return self.share(value, self.score(self.original, split, "original")["value"])
 
     def precise(self, model: Any, precision: list[dict[str, Any]]) -> Any:
         """A copy of a model with the chosen precision moves applied; healing happens before, in float."""

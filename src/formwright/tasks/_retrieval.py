@@ -27,8 +27,6 @@ from formwright.tasks._splits import RULE, deal, order_key
 from formwright.tasks.base import SPLITS, Task, digest, epochs
 
 DEPTH = 10
-
-
 #: Documents at most in calibrate's pool, which only ranks moves and has to be quick.
 RANKING = 500
 

@@ -52,7 +52,10 @@ def modules() -> tuple[tuple[str, str], ...]:
 
 @functools.lru_cache(maxsize=1)
 def definitions() -> tuple[tuple[str, str, str], ...]:
-    """(module path, docstring or "", source without it) of every function of 2 lines of source or more."""
+    """(module path, summary, source without docstring) of every function of 2 lines of source or more.
+
+    The summary is "" where there is none of 3 words or more.
+    """
     found = []
     for module, source in modules():
         # No triple quote means, in this library, no docstring; parsing is what costs.
@@ -66,29 +69,23 @@ def definitions() -> tuple[tuple[str, str, str], ...]:
             continue
         lines = source.splitlines()
         for node in _definitions(tree):
-            doc = ast.get_docstring(node) or ""
-            document = without_docstring(lines, node, bool(doc))
+            doc = ast.get_docstring(node)
+            query = summary(doc) if doc else ""
+            document = without_docstring(lines, node) if doc else joined(lines[node.lineno - 1 : node.end_lineno])
             if document.count("\n") + 1 >= LEAST_LINES:
-                found.append((module, doc, document))
+                found.append((module, query if len(query.split()) >= LEAST_WORDS else "", document))
     return tuple(found)
 
 
 @functools.lru_cache(maxsize=1)
 def functions() -> tuple[tuple[str, str, str], ...]:
     """(module path, summary, source) of every function with a summary of 3 words or more and 2 lines of source."""
-    said = ((module, summary(doc) if doc else "", document) for module, doc, document in definitions())
-    return tuple(row for row in said if len(row[1].split()) >= LEAST_WORDS)
+    return tuple(row for row in definitions() if row[1])
 
 
 def unlabelled(left_out: Container[str]) -> list[str]:
     """Sources of functions that no summary describes, of every module that is not left out, each once."""
-    return list(
-        dict.fromkeys(
-            document
-            for module, doc, document in definitions()
-            if module not in left_out and len(summary(doc).split() if doc else ()) < LEAST_WORDS
-        )
-    )
+    return list(dict.fromkeys(row[2] for row in definitions() if not row[1] and row[0] not in left_out))
 
 
 def _definitions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -107,17 +104,19 @@ def summary(docstring: str) -> str:
     return sentence.group(0) if sentence else paragraph
 
 
-def without_docstring(lines: list[str], node: ast.FunctionDef | ast.AsyncFunctionDef, documented: bool = True) -> str:
+def joined(lines: list[str]) -> str:
+    """Lines of source, empty ones left out, dedented."""
+    return textwrap.dedent("\n".join(line.rstrip() for line in lines if line.strip()))
+
+
+def without_docstring(lines: list[str], node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
     """The definition's source from its ``def`` on, its docstring and empty lines left out, dedented."""
-    if not documented:
-        whole = lines[node.lineno - 1 : node.end_lineno]
-        return textwrap.dedent("\n".join(line.rstrip() for line in whole if line.strip()))
     doc = node.body[0]
     head = lines[node.lineno - 1 : doc.lineno - 1]
     if doc.lineno == node.lineno:
         head = [lines[node.lineno - 1].encode()[: doc.col_offset].decode().rstrip()]
     body = lines[doc.end_lineno or doc.lineno : node.end_lineno]
-    return textwrap.dedent("\n".join(line.rstrip() for line in head + body if line.strip()))
+    return joined(head + body)
 
 
 @functools.lru_cache(maxsize=1)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from formwright.kit.errors import DataError
-from formwright.kit.files import replacing, write_atomic
+from formwright.kit.files import publish, replacing, write_atomic
 from formwright.kit.journal import read_jsonl
 
 FORMAT = 1
@@ -97,8 +97,7 @@ class RunDirectory:
         with replacing(self.at(step), overwrite=True, need=need) as folder:
             for name, group in tensors.items():
                 save_file({key: _own(value) for key, value in group.items()}, folder / f"{name}.safetensors")
-                # The library makes its files readable by their owner only; they are to be as public as the folder.
-                (folder / f"{name}.safetensors").chmod(folder.stat().st_mode & 0o666)
+                publish(folder / f"{name}.safetensors")
             record = {"format": FORMAT, "step": step, **plain}
             (folder / "state.json").write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
         if best:

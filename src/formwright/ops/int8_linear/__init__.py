@@ -13,6 +13,7 @@ on AVX2, where more would clip: the term of x is then c_x/128 instead of c_x/254
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,17 +97,19 @@ class Packed:
         self.left_out: tuple[int, ...] = () if self.outliers is None else tuple(self.outliers.tolist())
         self.columns = None if self.outliers is None else self.float_columns(self.outliers)
         self._product = product
-        self.native: NativeWeight | None = None
-        plain = product is None and zero is None and 0 not in weight.shape and weight.device.type == "cpu"
-        if plain and library.level() in FAST:
-            self.native = NativeWeight(weight, self.scale)
 
-    @property
+    @functools.cached_property
+    def native(self) -> NativeWeight | None:
+        """The weight laid out for the compiled kernels, made when first asked for; None where they do not take it."""
+        plain = self._product is None and self.zero is None and 0 not in self.weight.shape
+        if plain and self.weight.device.type == "cpu" and library.level() in FAST:
+            return NativeWeight(self.weight, self.scale)
+        return None
+
+    @functools.cached_property
     def product(self) -> Product:
         """The weight laid out for the general route, made when first asked for."""
-        if self._product is None:
-            self._product = Product(self.weight)
-        return self._product
+        return Product(self.weight) if self._product is None else self._product
 
     @property
     def levels(self) -> int:

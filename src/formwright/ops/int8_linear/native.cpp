@@ -108,25 +108,37 @@ struct Narrow {
   }
 };
 
-struct Portable : Narrow {
+// A panel of outputs, R rows at a time; Multiply::tile gives the sums of up to R rows by N outputs.
+template <typename Multiply>
+struct Pairs : Narrow {
   static void panel(const Weight& w, int64_t at, const Input* q, int64_t wide, const float* step, const int32_t*,
                     const float* kept, int64_t rows, float* y, int64_t ld, int activation) {
     const int8_t* packed = static_cast<const int8_t*>(w.packed) + at * N * wide;
     for (int64_t first = 0; first < rows; first += R) {
       const int64_t count = rows - first < R ? rows - first : R;
-      int32_t acc[R * N] = {};
-      for (int64_t k = 0; k < wide; k += G)
-        for (int64_t r = 0; r < count; ++r) {
-          const int32_t one = q[(first + r) * wide + k], two = q[(first + r) * wide + k + 1];
-          for (int64_t c = 0; c < N; ++c)
-            acc[r * N + c] += one * packed[k * N + 2 * c] + two * packed[k * N + 2 * c + 1];
-        }
+      int32_t acc[R * N];
+      Multiply::tile(count, q + first * wide, wide, packed, acc);
       finish(w, at * N, count, acc, step + first, kept + first * w.outliers, y + first * ld, ld);
     }
     const int64_t columns = w.out - at * N < N ? w.out - at * N : N;
     if (activation != NONE) activate(y + at * N, rows, columns, ld, activation);
   }
 };
+
+struct PlainTile {
+  static void tile(int64_t count, const int16_t* q, int64_t wide, const int8_t* packed, int32_t* acc) {
+    constexpr int64_t N = Narrow::N;
+    std::memset(acc, 0, count * N * sizeof(int32_t));
+    for (int64_t k = 0; k < wide; k += Narrow::G)
+      for (int64_t r = 0; r < count; ++r) {
+        const int32_t one = q[r * wide + k], two = q[r * wide + k + 1];
+        for (int64_t c = 0; c < N; ++c)
+          acc[r * N + c] += one * packed[k * N + 2 * c] + two * packed[k * N + 2 * c + 1];
+      }
+  }
+};
+
+using Portable = Pairs<PlainTile>;
 
 #ifdef FW_X86
 
@@ -153,31 +165,20 @@ static FW_INLINE void pairs(const int16_t* q, int64_t wide, const int8_t* packed
   }
 }
 
-static void pairs_of(int64_t count, const int16_t* q, int64_t wide, const int8_t* packed, int32_t* acc) {
-  switch (count) {
-    case 1: pairs<1>(q, wide, packed, acc); break;
-    case 2: pairs<2>(q, wide, packed, acc); break;
-    case 3: pairs<3>(q, wide, packed, acc); break;
-    default: pairs<4>(q, wide, packed, acc); break;
+struct Avx2Tile {
+  static void tile(int64_t count, const int16_t* q, int64_t wide, const int8_t* packed, int32_t* acc) {
+    switch (count) {
+      case 1: pairs<1>(q, wide, packed, acc); break;
+      case 2: pairs<2>(q, wide, packed, acc); break;
+      case 3: pairs<3>(q, wide, packed, acc); break;
+      default: pairs<4>(q, wide, packed, acc); break;
+    }
   }
-}
+};
 
 FW_END
 
-struct Avx2 : Narrow {
-  static void panel(const Weight& w, int64_t at, const Input* q, int64_t wide, const float* step, const int32_t*,
-                    const float* kept, int64_t rows, float* y, int64_t ld, int activation) {
-    const int8_t* packed = static_cast<const int8_t*>(w.packed) + at * N * wide;
-    for (int64_t first = 0; first < rows; first += R) {
-      const int64_t count = rows - first < R ? rows - first : R;
-      int32_t acc[R * N];
-      pairs_of(count, q + first * wide, wide, packed, acc);
-      finish(w, at * N, count, acc, step + first, kept + first * w.outliers, y + first * ld, ld);
-    }
-    const int64_t columns = w.out - at * N < N ? w.out - at * N : N;
-    if (activation != NONE) activate(y + at * N, rows, columns, ld, activation);
-  }
-};
+using Avx2 = Pairs<Avx2Tile>;
 
 // ---------------------------------------------------------------- AVX-512 VNNI: bytes, groups of four columns
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from formwright.parts.activations import activation as activation_named
-from formwright.parts.base import Part, Tail, Traits, dropout, project
+from formwright.parts.base import Part, Tail, Traits, dropout, drops, project
 from formwright.parts.context import Context
 from formwright.parts.linears.dense import Dense
 from formwright.registry import Paper, register
@@ -33,8 +33,8 @@ class MLP(Part):
         self.down = Dense(hidden, width, bias, "down")
 
     def forward(self, x: Tensor, ctx: Context, tail: Tail | None = None) -> Tensor:
-        noisy = self.training and self.rate > 0
-        if type(self.up) is type(self.down) and not noisy and not ctx.wants("hidden"):
+        silent = not drops(self.rate, self.training) and not ctx.wants("hidden")
+        if silent and type(self.up) is type(self.down):
             done = type(self.up).perceptron(self.up, self.down, self.activation_name, x, tail)
             if done is not None:
                 return done
@@ -45,7 +45,7 @@ class MLP(Part):
         return dropout(self.down(hidden, ctx), self.rate, ctx, self.training, "dropout")
 
     def finishes(self, tail: Tail) -> bool:
-        return not (self.training and self.rate > 0) and self.down.finishes(tail)
+        return not drops(self.rate, self.training) and self.down.finishes(tail)
 
 
 @register("channel", "gated-mlp", paper=Paper("Shazeer", 2020, "2002.05202"))

@@ -27,6 +27,7 @@ from formwright.parts.base import (
     cost_sum,
     costed,
     dropout,
+    drops,
     element_bytes,
     own_parameters,
     project,
@@ -170,7 +171,7 @@ class Attention(Part):
         return dropout(self.o(mixed, ctx), self.rate, ctx, self.training, "dropout")
 
     def finishes(self, tail: Tail) -> bool:
-        return not (self.training and self.rate > 0) and self.o.finishes(tail)
+        return not drops(self.rate, self.training) and self.o.finishes(tail)
 
     def _mixed(self, x: Tensor, ctx: Context) -> Tensor:
         """(B, L, H, D): what ``o`` reads."""
