@@ -16,6 +16,7 @@ import contextlib
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -35,6 +36,8 @@ from formwright.spec import ModelSpec, SystemSpec
 from formwright.surgery.base import replay
 
 RECORD = "formwright.json"
+#: Before a reader gives up on a directory that keeps being replaced: so many tries, and so many seconds.
+TRIES, PATIENCE = 20, 10.0
 #: What may be stored beside the model: what it was made for and how well it does.
 EXTRA = ("task", "metric", "scores", "command", "notes")
 
@@ -196,7 +199,9 @@ def read(
     plugins = [plugin] if isinstance(plugin, (str, os.PathLike)) else list(plugin or ())
     for file in plugins:
         registry.load_plugin(os.fspath(file))
-    for _ in range(20):
+    tries, until = 0, time.monotonic() + PATIENCE
+    while tries < TRIES or time.monotonic() < until:
+        tries += 1
         with _watched(path) as unchanged:
             try:
                 model = _read(path, plugins, device, verify, check_finite)
