@@ -81,7 +81,7 @@ def _frame(axes: Any, front: Front, known: list[tuple[Point, float, float]], clo
     decimals = 2 if span < 0.01 else 1 if span < 0.1 else 0
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}x"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.{decimals}f} %"))
-    axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))  # 2.5 would need a digit more than is shown
     axes.grid(color=GRID, linewidth=0.8, zorder=0)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, pad=6, labelsize=9.5, labelcolor=SOFT, labelfontfamily="DejaVu Sans")
