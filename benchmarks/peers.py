@@ -1,8 +1,8 @@
-"""The contenders of ``benchmarks.encode``: each builds ``run() -> (texts, width)`` from the same rows of ids.
+"""The contenders of ``benchmarks.encode``: each loads the model and gives ``prepare(rows)``, which gives ``run()``.
 
-All get the same number of threads and the same batches. CTranslate2 and Formwright remove padding by themselves; the
-others get every batch padded to its longest row, which costs little where rows are sorted. Conversions and compilations
-happen before anything is timed.
+``rows`` are batches of rows of ids, the same for all; ``run()`` encodes them into vectors (texts, width). All get the same number of threads and the same batches. CTranslate2 and Formwright remove padding by themselves; the
+others get every batch padded to its longest row, which costs little where rows are sorted. Conversions, compilations
+and padding happen before anything is timed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 Rows = list[list[list[int]]]
 Run = Callable[[], Any]
+Prepare = Callable[[Rows], Run]
 
 
 def place(model: str) -> str:
@@ -45,88 +46,99 @@ def pooled(states: Tensor, mask: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- Formwright
 
 
-def formwright(rows: Rows, model: str, threads: int, int8: bool = False) -> Run:
+def formwright(model: str, threads: int, int8: bool = False) -> Prepare:
     import formwright as fw
     from formwright.models.text import packed
 
     made = fw.load(model)
     if int8:
         made = fw.apply(made, "llm-int8", evidence=fw.task("retrieval/stdlib").texts("calibrate")[:64])
-    batches = [packed(made, batch) for batch in rows]
-    return lambda: torch.cat([made.vectors(batch) for batch in batches])
+
+    def prepare(rows: Rows) -> Run:
+        batches = [packed(made, batch) for batch in rows]
+        return lambda: torch.cat([made.vectors(batch) for batch in batches])
+
+    return prepare
 
 
 # ---------------------------------------------------------------------- PyTorch
 
 
-def torch_run(model: Any, rows: Rows) -> Run:
-    batches = padded(rows)
+def batchwise(encode: Callable[[Tensor, Tensor], Tensor]) -> Prepare:
+    """``encode(ids, mask) -> vectors`` over padded batches."""
 
-    def run() -> Tensor:
-        with torch.inference_mode():
-            return torch.cat(
-                [pooled(model(input_ids=ids, attention_mask=mask).last_hidden_state, mask) for ids, mask in batches]
-            )
+    def prepare(rows: Rows) -> Run:
+        batches = padded(rows)
 
-    return run
+        def run() -> Tensor:
+            with torch.inference_mode():
+                return torch.cat([encode(ids, mask) for ids, mask in batches])
+
+        return run
+
+    return prepare
 
 
-def transformers(rows: Rows, model: str, threads: int, dtype: str = "float32") -> Run:
+def torch_module(model: Any) -> Prepare:
+    return batchwise(
+        lambda ids, mask: pooled(model(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
+    )
+
+
+def transformers(model: str, threads: int, dtype: str = "float32") -> Prepare:
     from transformers import AutoModel
 
-    return torch_run(AutoModel.from_pretrained(place(model), dtype=getattr(torch, dtype)).eval(), rows)
+    return torch_module(AutoModel.from_pretrained(place(model), dtype=getattr(torch, dtype)).eval())
 
 
-def sentence_transformers(rows: Rows, model: str, threads: int) -> Run:
+def sentence_transformers(model: str, threads: int) -> Prepare:
     from sentence_transformers import SentenceTransformer
 
-    made, batches = SentenceTransformer(place(model), device="cpu"), padded(rows)
-
-    def run() -> Tensor:
-        with torch.inference_mode():
-            found = [made({"input_ids": ids, "attention_mask": mask})["sentence_embedding"] for ids, mask in batches]
-            return torch.cat(found)
-
-    return run
+    made = SentenceTransformer(place(model), device="cpu")
+    return batchwise(lambda ids, mask: made({"input_ids": ids, "attention_mask": mask})["sentence_embedding"])
 
 
-def torch_dynamic(rows: Rows, model: str, threads: int, channels: bool = False) -> Run:
+def torch_dynamic(model: str, threads: int, channels: bool = False) -> Prepare:
     from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
     from transformers import AutoModel
 
     made = AutoModel.from_pretrained(place(model)).eval()
     how: Any = {torch.nn.Linear: per_channel_dynamic_qconfig} if channels else {torch.nn.Linear}
-    return torch_run(quantize_dynamic(made, how, dtype=torch.qint8), rows)
+    return torch_module(quantize_dynamic(made, how, dtype=torch.qint8))
 
 
-def torchao(rows: Rows, model: str, threads: int) -> Run:
+def torchao(model: str, threads: int) -> Prepare:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
     from transformers import AutoModel
 
     made = AutoModel.from_pretrained(place(model)).eval()
     quantize_(made, Int8DynamicActivationInt8WeightConfig())
-    return torch_run(made, rows)
+    return torch_module(made)
 
 
 # ---------------------------------------------------------------------- CTranslate2
 
 
-def ctranslate2(rows: Rows, model: str, threads: int, compute: str = "float32") -> Run:
+def ctranslate2(model: str, threads: int, compute: str = "float32") -> Prepare:
     import ctranslate2 as library
 
     directory = tempfile.mkdtemp() + "/model"
     library.converters.TransformersConverter(place(model)).convert(directory, quantization=compute)
     made = library.Encoder(directory, device="cpu", compute_type=compute, inter_threads=1, intra_threads=threads)
-    masks = [mask for _, mask in padded(rows)]
 
-    def run() -> Tensor:
-        found = []
-        for batch, mask in zip(rows, masks):
-            states = torch.from_numpy(np.array(made.forward_batch(batch).last_hidden_state))
-            found.append(pooled(states, mask))
-        return torch.cat(found)
+    def prepare(rows: Rows) -> Run:
+        masks = [mask for _, mask in padded(rows)]
 
-    return run
+        def run() -> Tensor:
+            found = []
+            for batch, mask in zip(rows, masks):
+                states = torch.from_numpy(np.array(made.forward_batch(batch).last_hidden_state))
+                found.append(pooled(states, mask))
+            return torch.cat(found)
+
+        return run
+
+    return prepare
 
 
 # ---------------------------------------------------------------------- ONNX Runtime and OpenVINO, one exported graph
@@ -158,7 +170,7 @@ def exported(model: str) -> Path:
     return path
 
 
-def onnxruntime(rows: Rows, model: str, threads: int, int8: bool = False, channels: bool = False) -> Run:
+def onnxruntime(model: str, threads: int, int8: bool = False, channels: bool = False) -> Prepare:
     import onnxruntime as library
 
     path = exported(model)
@@ -171,19 +183,15 @@ def onnxruntime(rows: Rows, model: str, threads: int, int8: bool = False, channe
     options = library.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     session = library.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    batches = padded(rows)
 
-    def run() -> Tensor:
-        found = []
-        for ids, mask in batches:
-            states = session.run(["states"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]
-            found.append(pooled(torch.from_numpy(states), mask))
-        return torch.cat(found)
+    def encode(ids: Tensor, mask: Tensor) -> Tensor:
+        states = session.run(["states"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]
+        return pooled(torch.from_numpy(states), mask)
 
-    return run
+    return batchwise(encode)
 
 
-def openvino(rows: Rows, model: str, threads: int, precision: str = "") -> Run:
+def openvino(model: str, threads: int, precision: str = "") -> Prepare:
     import openvino as library
 
     core = library.Core()
@@ -191,13 +199,10 @@ def openvino(rows: Rows, model: str, threads: int, precision: str = "") -> Run:
     if precision:
         settings["INFERENCE_PRECISION_HINT"] = precision
     made = core.compile_model(library.convert_model(str(exported(model))), "CPU", settings)
-    request, batches = made.create_infer_request(), padded(rows)
+    request = made.create_infer_request()
 
-    def run() -> Tensor:
-        found = []
-        for ids, mask in batches:
-            result = request.infer({"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
-            found.append(pooled(torch.from_numpy(np.array(result[0])), mask))
-        return torch.cat(found)
+    def encode(ids: Tensor, mask: Tensor) -> Tensor:
+        result = request.infer({"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+        return pooled(torch.from_numpy(np.array(result[0])), mask)
 
-    return run
+    return batchwise(encode)

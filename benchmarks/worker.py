@@ -22,9 +22,10 @@ class Unavailable(Exception):
 
 
 class Worker:
-    """``target`` is ``module:function``; the function gets ``arguments`` and returns ``run() -> vectors``.
+    """``target`` is ``module:function``; the function gets ``arguments`` and returns ``prepare(input) -> run``.
 
-    Calling the worker runs it and waits. ``ready`` is the seconds that imports and loading took.
+    :meth:`prepare` hands it an input; calling the worker runs that and waits, :meth:`vectors` gives what a run returns.
+    ``ready`` is the seconds that imports and loading took.
     """
 
     def __init__(self, target: str, threads: int, arguments: dict[str, Any]) -> None:
@@ -37,19 +38,24 @@ class Worker:
         self._answer()
         self.ready = time.perf_counter() - started
 
+    def prepare(self, given: Any) -> None:
+        self._ask("prepare", given)
+
     def __call__(self) -> None:
-        self.pipe.send("run")
-        self._answer()
+        self._ask("run")
 
     def vectors(self) -> np.ndarray:
-        self.pipe.send("vectors")
-        return self._answer()
+        return self._ask("vectors")
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
-            self.pipe.send("end")
+            self.pipe.send(("end", None))
         self.process.join(timeout=10)
         self.process.kill()
+
+    def _ask(self, what: str, given: Any = None) -> Any:
+        self.pipe.send((what, given))
+        return self._answer()
 
     def _answer(self) -> Any:
         try:
@@ -66,15 +72,19 @@ def _serve(pipe: Connection, target: str, threads: int, arguments: dict[str, Any
     import torch
 
     torch.set_num_threads(threads)
+    run: Any = None
     try:
         module, _, name = target.partition(":")
-        run = getattr(importlib.import_module(module), name)(threads=threads, **arguments)
+        prepare = getattr(importlib.import_module(module), name)(threads=threads, **arguments)
         pipe.send(("ready", None))
+        while (wanted := pipe.recv())[0] != "end":
+            if wanted[0] == "prepare":
+                run = prepare(wanted[1])
+                pipe.send(("done", None))
+            else:
+                found = run()
+                pipe.send(("done", np.asarray(found, dtype=np.float64) if wanted[0] == "vectors" else None))
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         text = " ".join(str(error).split())[:160]
         pipe.send(("error", f"{type(error).__name__}: {text} ({last.name})"))
-        return
-    while (wanted := pipe.recv()) != "end":
-        found = run()
-        pipe.send(("done", np.asarray(found, dtype=np.float64) if wanted == "vectors" else None))
