@@ -2,9 +2,10 @@
 
 Shapes: *full* (32 rows of 128 tokens), *natural* (documents of retrieval/stdlib sorted by length, 32 a batch, all
 alike), *single* (one query). Every contender runs in a process of its own. Agreement is the mean cosine to the float32
-vectors of ``transformers``; beside it the share of texts whose nearest neighbour is the same.
+vectors of ``transformers``; beside it the share of texts whose nearest neighbour is the same. ``--score`` adds the
+task's metric on its test split, as a share of float32's with the standard error of the paired difference.
 
-    python -m benchmarks.encode [DIRECTORY ...] [--shape full|natural|single] [--peers] [--texts N] [--json]
+    python -m benchmarks.encode [DIRECTORY ...] [--shape full|natural|single] [--peers] [--score] [--texts N] [--json]
 
 Directories are models to race besides the original in float32 and int8; a slimmed model agrees less, and says so.
 ``--peers`` adds every peer that is installed (``pip install -e ".[bench]"``); one that cannot run says why.
@@ -80,45 +81,81 @@ def neighbours(found: np.ndarray, wanted: np.ndarray) -> float | None:
     return float((nearest(found) == nearest(wanted)).mean())
 
 
+class Remote:
+    """A worker as a task sees a model: it encodes the batches of ids that the task asks for."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+
+    def encode(self, batch: Any) -> torch.Tensor:
+        ids, lengths = batch.inputs["tokens"].tolist(), batch.lengths["tokens"].tolist()
+        self.worker.prepare([[row[:length] for row, length in zip(ids, lengths)]])
+        return torch.from_numpy(self.worker.vectors())
+
+
+def scores(workers: dict[str, Worker], model: Any) -> dict[str, dict[str, float]]:
+    """The task's metric of every contender on *test*, and what it keeps of the peer's with its standard error."""
+    task = fw.task("retrieval/stdlib")
+    task.bind(model)
+    found = {name: task.score(Remote(worker), "test") for name, worker in workers.items()}
+    base = found[PEER]
+    made = {}
+    for name, score in found.items():
+        apart = (score.per_item - base.per_item).double()
+        error = float(apart.std() / len(apart) ** 0.5) / base.value
+        made[name] = {"score": score.value, "kept": score.value / base.value, "kept_error": error}
+    return made
+
+
+def start(plan: dict[str, tuple[str, dict[str, Any]]], threads: int) -> tuple[dict[str, Worker], dict[str, str]]:
+    """The contenders that run here, and why the others do not."""
+    workers: dict[str, Worker] = {}
+    refused: dict[str, str] = {}
+    for name, (function, extra) in plan.items():
+        try:
+            worker = Worker(f"benchmarks.peers:{function}", threads, {"model": MODEL, **extra})
+            worker.prepare([[[101, 2003, 102]]])
+            worker()
+            workers[name] = worker
+        except Unavailable as error:
+            refused[name] = str(error)
+    return workers, refused
+
+
 def main() -> None:
     parser = arguments(__doc__.split("\n")[0])
     parser.add_argument("models", nargs="*", help="directories of models to race as well")
     parser.add_argument("--shape", choices=("full", "natural", "single"), action="append")
     parser.add_argument("--peers", action="store_true", help="race every peer that is installed")
+    parser.add_argument("--score", action="store_true", help="the task's metric of every contender, too")
     parser.add_argument("--texts", type=int, default=512, help="documents of the natural shape")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     threads = options.threads or torch.get_num_threads()
-    plan = {name: ("formwright", {"model": path}) for path in options.models for name in [f"formwright {path}"]}
-    plan = {**OURS, **plan, **(PEERS if options.peers else {})}
-    tokenizer = fw.load(MODEL).tokenizer
+    slim = {f"formwright {path}": ("formwright", {"model": path}) for path in options.models}
+    workers, refused = start({**OURS, **slim, **(PEERS if options.peers else {})}, threads)
+    bars = {name: BAR["float32" if name.endswith("float32") else "peer"] for name in workers}
+    bars |= {"formwright int8": BAR["int8"], **dict.fromkeys(slim, BAR["slim"])}
+    model = fw.load(MODEL)
+    judged = scores(workers, model) if options.score else {}
     lines: list[dict[str, Any]] = []
     for shape in options.shape or ("full", "natural", "single"):
-        rows = batches(shape, tokenizer, options.texts)
-        workers: dict[str, Worker] = {}
-        refused: dict[str, str] = {}
-        for name, (function, extra) in plan.items():
-            try:
-                worker = Worker(f"benchmarks.peers:{function}", threads, {"rows": rows, "model": MODEL, **extra})
-                worker()
-                workers[name] = worker
-            except Unavailable as error:
-                refused[name] = str(error)
+        rows = batches(shape, model.tokenizer, options.texts)
+        for worker in workers.values():
+            worker.prepare(rows)
         vectors = {name: worker.vectors() for name, worker in workers.items()}
         agreement = {name: cosine(found, vectors[PEER]) for name, found in vectors.items()}
-        bars = {name: BAR["float32" if name.endswith("float32") else "peer"] for name in vectors}
-        bars["formwright int8"] = BAR["int8"]
-        bars |= {f"formwright {path}": BAR["slim"] for path in options.models}
         made = race("encode", shape, workers, agreement, bars, PEER, options.rounds)
         for line in made:
-            line["neighbours"] = neighbours(vectors[line["contender"]], vectors[PEER])
-            line["ready"] = workers[line["contender"]].ready
+            name = line["contender"]
+            line |= {"neighbours": neighbours(vectors[name], vectors[PEER]), "ready": workers[name].ready}
+            line |= judged.get(name, {})
         about = {key: made[0][key] for key in ("benchmark", "shape", "machine")}
-        made += [{**about, "contender": name, "wrong": f"did not run: {why}"} for name, why in refused.items()]
         lines += made
-        for worker in workers.values():
-            worker.close()
+        lines += [{**about, "contender": name, "wrong": f"did not run: {why}"} for name, why in refused.items()]
+    for worker in workers.values():
+        worker.close()
     show(lines, options.json)
 
 

@@ -70,7 +70,7 @@ def show(lines: list[dict[str, Any]], as_json: bool) -> None:
         return
     where = lines[0]["machine"]
     print(f"{where['cpu']} · {where['threads']} threads · torch {where['torch']} · load {where['load']}")
-    titles = f"{'median ms':>10} {'ratio':>7} {'of best':>8} {'spread':>7}  cosine  same neighbour"
+    titles = f"{'median ms':>10} {'ratio':>7} {'of best':>8} {'spread':>7}  cosine  neighbour  kept"
     print(f"  {'shape':<10} {'contender':<34} {titles}")
     for line in lines:
         if "wrong" in line:
@@ -79,6 +79,15 @@ def show(lines: list[dict[str, Any]], as_json: bool) -> None:
         print(
             f"  {line['shape']:<10} {line['contender']:<34} {line['ms']:>10.1f} {line['ratio']:>6.2f}x"
             f" {line['ratio_of_best']:>7.2f}x {line['spread']:>6.0%}{'!' if line['noisy'] else ' '}"
-            f" {line['agreement']:.4f}" + (f"  {line['neighbours']:.1%}" if line.get("neighbours") is not None else "")
+            f" {line['agreement']:.4f}  {share(line.get('neighbours')):>9}  {kept(line)}".rstrip()
         )
     print(f"  ratios against {lines[0].get('peer', lines[-1].get('peer'))}; ! marks a spread above 10 %")
+
+
+def share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def kept(line: dict[str, Any]) -> str:
+    """The share of the peer's metric, with its standard error."""
+    return f"{line['kept']:.4f} ± {line['kept_error']:.4f}" if "kept" in line else ""

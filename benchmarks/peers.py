@@ -1,8 +1,9 @@
 """The contenders of ``benchmarks.encode``: each loads the model and gives ``prepare(rows)``, which gives ``run()``.
 
-``rows`` are batches of rows of ids, the same for all; ``run()`` encodes them into vectors (texts, width). All get the same number of threads and the same batches. CTranslate2 and Formwright remove padding by themselves; the
-others get every batch padded to its longest row, which costs little where rows are sorted. Conversions, compilations
-and padding happen before anything is timed.
+``rows`` are batches of rows of ids, the same for all; ``run()`` encodes them into vectors (texts, width). All get the
+same number of threads. CTranslate2 and Formwright remove padding by themselves; the others get every batch padded to
+its longest row, which costs little where rows are sorted. Conversions, compilations and padding happen before anything
+is timed.
 """
 
 from __future__ import annotations
@@ -80,9 +81,7 @@ def batchwise(encode: Callable[[Tensor, Tensor], Tensor]) -> Prepare:
 
 
 def torch_module(model: Any) -> Prepare:
-    return batchwise(
-        lambda ids, mask: pooled(model(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
-    )
+    return batchwise(lambda ids, mask: pooled(model(input_ids=ids, attention_mask=mask).last_hidden_state, mask))
 
 
 def transformers(model: str, threads: int, dtype: str = "float32") -> Prepare:
