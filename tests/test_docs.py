@@ -63,8 +63,9 @@ def name_of(page: Path) -> str:
 
 
 def with_python() -> list[Path]:
-    """Pages whose blocks run. CONTRIBUTING.md has a test of its own, which loads its blocks as files."""
-    pages = [page for page in PAGES if page.name != "CONTRIBUTING.md"]
+    """Pages whose blocks run here; CONTRIBUTING.md, whose blocks are files, and cheaper.md, whose Python and commands
+    work on one another's files, have tests of their own."""
+    pages = [page for page in PAGES if page.name not in ("CONTRIBUTING.md", "cheaper.md")]
     return [page for page in pages if any(b.language == "python" and not b.reason for b in blocks(page))]
 
 

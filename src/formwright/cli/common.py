@@ -21,6 +21,8 @@ Data = Annotated[str | None, typer.Option("--data", help="your file (CSV, TSV, J
 Text = Annotated[str | None, typer.Option("--text", help="column of the text")]
 Label = Annotated[str | None, typer.Option("--label", help="column of the label")]
 Pair = Annotated[str | None, typer.Option("--pair", help="column of a second text")]
+Query = Annotated[str | None, typer.Option("--query", help="column of the query, for retrieval")]
+Document = Annotated[str | None, typer.Option("--document", help="column of the right document, for retrieval")]
 Metric = Annotated[
     str | None, typer.Option("--metric", help="accuracy, macro-f1 ...; the default is printed with its reason")
 ]

@@ -8,12 +8,14 @@ import typer
 
 from formwright.cli.common import (
     Data,
+    Document,
     Json,
     Label,
     Metric,
     Model,
     Pair,
     Plugin,
+    Query,
     Seed,
     Strict,
     TaskName,
@@ -36,6 +38,8 @@ def measure(
     text: Text = None,
     label: Label = None,
     pair: Pair = None,
+    query: Query = None,
+    document: Document = None,
     metric: Metric = None,
     shape: Annotated[
         str | None, typer.Option("--shape", help="encode:32xnatural, encode:32x128, prefill:1x1024, decode:1x512")
@@ -49,7 +53,8 @@ def measure(
 ) -> None:
     """Parameters, bytes, multiply-accumulates, time and, with a task, quality."""
     set_threads(threads)
-    made = make_task(task, data=data, text=text, label=label, pair=pair, metric=metric, strict=strict)
+    columns = {"text": text, "label": label, "pair": pair, "query": query, "document": document}
+    made = make_task(task, data=data, **columns, metric=metric, strict=strict)
     loaded = load(model, plugin)
     if made is not None:
         made.bind(loaded)

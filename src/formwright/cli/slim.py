@@ -11,11 +11,13 @@ import typer
 
 from formwright.cli.common import (
     Data,
+    Document,
     Json,
     Label,
     Metric,
     Pair,
     Plugin,
+    Query,
     Seed,
     Strict,
     TaskName,
@@ -75,10 +77,8 @@ def slim(
     text: Text = None,
     label: Label = None,
     pair: Pair = None,
-    query: Annotated[str | None, typer.Option("--query", help="column of the query, for retrieval")] = None,
-    document: Annotated[
-        str | None, typer.Option("--document", help="column of the right document, for retrieval")
-    ] = None,
+    query: Query = None,
+    document: Document = None,
     metric: Metric = None,
     keep: Annotated[float, typer.Option("--keep", help="share of the quality to keep, 0.99 is 99 %")] = 0.99,
     target: Annotated[
