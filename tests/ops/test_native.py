@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import formwright as fw
+import small
 from formwright.ops import int8_linear as op
 from formwright.ops import native
 from formwright.ops.attention import attention_reference, packed_attention
@@ -123,6 +127,19 @@ def test_the_number_of_threads_changes_nothing(level: str) -> None:
             found.append((mlp(x, up, down, "gelu"), linear(x, [up])[0]))
         torch.set_num_threads(threads)
         assert all(torch.equal(a, found[0][0]) and torch.equal(b, found[0][1]) for a, b in found)
+
+
+def test_an_empty_text_and_more_threads_than_cores(level: str) -> None:
+    made = fw.apply(small.encoder(), "llm-int8", evidence=["some words", ""])
+    threads = torch.get_num_threads()
+    alone = made.encode([""])
+    torch.set_num_threads((os.cpu_count() or 1) + 3)
+    try:
+        crowded = made.encode(["", "some more words than none"])
+    finally:
+        torch.set_num_threads(threads)
+    assert alone.shape == (1, crowded.shape[1]) and np.isfinite(alone).all()
+    np.testing.assert_allclose(alone[0], crowded[0], atol=1e-6)
 
 
 @given(
