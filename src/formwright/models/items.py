@@ -116,26 +116,30 @@ class Residual(Item):
             yield "", self.part
 
     def forward(self, x: Tensor, ctx: Context) -> tuple[Tensor, Context]:
-        if self.part is None:
-            return (x if self.norm is None else self.norm(x)), ctx
+        # Looked up once: attributes of a module cost more than anything else here.
+        part, norm, combine, norm_out = self.part, self.norm, self.combine, self.norm_out
+        post = self.order == "post"
+        if part is None:
+            return (x if norm is None else norm(x)), ctx
         inner = ctx.at(self.local)
-        seen = x if self.norm is None or self.order == "post" else self.norm(x)
-        if hasattr(self.combine, "before"):
-            seen = self.combine.before(seen, inner)  # type: ignore[operator]
-        if inner.offsets is not None and not self.part.traits.packed:
-            y = repacked(self.part, seen, inner)
+        seen = x if norm is None or post else norm(x)
+        plain = getattr(combine, "plain", False)
+        if not plain and hasattr(combine, "before"):
+            seen = combine.before(seen, inner)  # type: ignore[operator]
+        if inner.offsets is not None and not part.traits.packed:
+            y = repacked(part, seen, inner)
         else:
-            if self.norm_out is None and getattr(self.combine, "plain", False) and not inner.wants("output"):
-                tail = Tail(x, self.norm if self.order == "post" else None)
-                if self.part.finishes(tail):
-                    return self.part(seen, inner, tail), ctx
-            y = self.part(seen, inner)
+            if plain and norm_out is None and not inner.wants("output"):
+                tail = Tail(x, norm if post else None)
+                if part.finishes(tail):
+                    return part(seen, inner, tail), ctx
+            y = part(seen, inner)
         inner.note("output", y)
-        if self.norm_out is not None:
-            y = self.norm_out(y)
-        x = self.combine(x, y, inner)
-        if self.order == "post" and self.norm is not None:
-            x = self.norm(x)
+        if norm_out is not None:
+            y = norm_out(y)
+        x = combine(x, y, inner)
+        if post and norm is not None:
+            x = norm(x)
         return x, ctx
 
     def cost(self, shape: Shape) -> Cost:

@@ -97,6 +97,7 @@ class Packed:
         self.left_out: tuple[int, ...] = () if self.outliers is None else tuple(self.outliers.tolist())
         self.columns = None if self.outliers is None else self.float_columns(self.outliers)
         self._product = product
+        self._term: Term | None = None
 
     @functools.cached_property
     def native(self) -> NativeWeight | None:
@@ -119,9 +120,11 @@ class Packed:
     def term(self, bias: Tensor | None, columns: Tensor | None = None, outliers: Tensor | None = None) -> Term:
         """What the compiled kernels need to know; the fixed outliers where none are given."""
         assert self.native is not None
-        if outliers is None:
-            outliers, columns = self.outliers, self.columns
-        return Term(self.native, bias, outliers, columns)
+        if outliers is not None:
+            return Term(self.native, bias, outliers, columns)
+        if self._term is None or self._term.bias != (None if bias is None else bias.data_ptr()):
+            self._term = Term(self.native, bias, self.outliers, self.columns)
+        return self._term
 
     def float_columns(self, outliers: Tensor) -> Tensor:
         """(n, O) float32: the dequantised columns, transposed."""
@@ -192,23 +195,28 @@ def _shifted(given: Quantized, packed: Packed, y: Tensor) -> Tensor:
 
 def compiled(x: Tensor, packs: Sequence[Packed], scheme: Scheme, *others: Tensor | None) -> bool:
     """Whether the compiled kernels take this call."""
-    if not scheme.rows or scheme.shifted or any(packed.native is None for packed in packs):
+    if not scheme.rows or scheme.shifted:
         return False
-    return library.usable(x, *(t for t in others if t is not None))
+    for packed in packs:
+        if packed.native is None:
+            return False
+    return library.usable(x, *[t for t in others if t is not None])
 
 
 def forward(
     x: Tensor, packs: Sequence[Packed], biases: Sequence[Tensor | None], scheme: Scheme, threshold: float
 ) -> list[Tensor]:
     """x (T, K) float32 through several weights, quantised once. ``threshold`` > 0 finds the outliers of this call."""
+    if threshold == 0 and compiled(x, packs, scheme, *biases):
+        return linear(x.contiguous(), [pack.term(bias) for pack, bias in zip(packs, biases)])
     outliers, columns = packs[0].outliers, [packed.columns for packed in packs]
     if threshold > 0:
         found = outlier_columns(x, threshold)
         outliers = found if len(found) else None
         columns = [packed.float_columns(found) if len(found) else None for packed in packs]
-    if compiled(x, packs, scheme, *biases):
-        terms = [pack.term(bias, held, outliers) for pack, bias, held in zip(packs, biases, columns)]
-        return linear(x.contiguous(), terms)
+        if compiled(x, packs, scheme, *biases):
+            terms = [pack.term(bias, held, outliers) for pack, bias, held in zip(packs, biases, columns)]
+            return linear(x.contiguous(), terms)
     given = prepare(x, packs[0].product, scheme, outliers)
     return [finish(given, *each) for each in zip(packs, biases, columns)]
 
@@ -284,7 +292,7 @@ def int8_joined(
     x: Tensor, packed: Packed, bias: Tensor | None, tail: Tail, *, scheme: Scheme = SCHEMES["vector"]
 ) -> Tensor | None:
     """``tail`` over one linear: LayerNorm(residual + W x + b), or without the norm. None as in :func:`int8_mlp`."""
-    if not compiled(x, [packed], scheme, bias, tail.residual, tail.gain, tail.shift):
+    if not compiled(x, (packed,), scheme, bias, *tail[:3]):
         return None
     y = linear(x.reshape(-1, x.shape[-1]), [packed.term(bias)], _flat(tail))[0]
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -4,9 +4,10 @@ pass; see ``native.cpp``. Integers are those of the definition at 127 levels on 
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
-from ctypes import c_float, c_int64, c_void_p
-from typing import NamedTuple
+from ctypes import c_float, c_int, c_int64, c_void_p
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +41,15 @@ class _Tail(ctypes.Structure):
     _fields_ = (*((name, c_void_p) for name in ("residual", "gain", "shift")), ("eps", c_float))
 
 
+@functools.lru_cache(maxsize=1)
+def _library() -> Any:
+    """The library with the types of what is called for every layer, which ctypes then converts by itself."""
+    made, weight, tail = native.library(), ctypes.POINTER(_Weight), ctypes.POINTER(_Tail)
+    made.fw_int8_linear.argtypes = (weight, c_int64, c_void_p, c_int64, ctypes.POINTER(c_void_p), tail, c_int, c_int)
+    made.fw_int8_mlp.argtypes = (weight, weight, c_void_p, c_int64, c_void_p, tail, c_int, c_int)
+    return made
+
+
 class NativeWeight:
     """A weight q_w (O, K) int8 with steps (O,) laid out for the kernels of the instruction set in use."""
 
@@ -52,19 +62,23 @@ class NativeWeight:
         self.scale = scale.float().contiguous()
 
 
-class Term(NamedTuple):
-    """A weight with its bias (O,) and the float weights (n, O) of the ``outliers`` (n,) among the inputs."""
+class Term:
+    """A weight with its bias (O,) and the float weights (n, O) of the ``outliers`` (n,) among the inputs, as pointers
+    to memory that it keeps alive."""
 
-    weight: NativeWeight
-    bias: Tensor | None = None
-    outliers: Tensor | None = None
-    columns: Tensor | None = None
+    __slots__ = ("bias", "held", "out", "pointers")
 
-    def pointers(self) -> _Weight:
-        weight, count = self.weight, 0 if self.outliers is None else len(self.outliers)
-        return _Weight(
-            weight.out, weight.in_, weight.packed.data_ptr(), weight.scale.data_ptr(), _pointer(self.bias),
-            count, _pointer(self.outliers), _pointer(self.columns),
+    def __init__(
+        self,
+        weight: NativeWeight,
+        bias: Tensor | None = None,
+        outliers: Tensor | None = None,
+        columns: Tensor | None = None,
+    ) -> None:
+        self.out, self.bias, self.held = weight.out, _pointer(bias), (weight, bias, outliers, columns)
+        self.pointers = _Weight(
+            weight.out, weight.in_, weight.packed.data_ptr(), weight.scale.data_ptr(), self.bias,
+            0 if outliers is None else len(outliers), _pointer(outliers), _pointer(columns),
         )  # fmt: skip
 
 
@@ -74,23 +88,22 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 def linear(x: Tensor, terms: Sequence[Term], tail: Tail | None = None) -> list[Tensor]:
     """x (T, K) contiguous -> (T, O) for each of the terms, which have the same outliers; ``tail`` for a single one."""
-    held = (_Weight * len(terms))(*(term.pointers() for term in terms))
-    found = [x.new_empty(x.shape[0], term.weight.out) for term in terms]
-    pointers = (c_void_p * len(found))(*(y.data_ptr() for y in found))
-    native.library().fw_int8_linear(
-        held, c_int64(len(terms)), c_void_p(x.data_ptr()), c_int64(x.shape[0]), pointers,
-        ctypes.byref(_tail(tail)), ACTIVATIONS["none"], torch.get_num_threads(),
-    )  # fmt: skip
+    count, rows = len(terms), x.shape[0]
+    held = (_Weight * count)(*[term.pointers for term in terms])
+    found = [x.new_empty(rows, term.out) for term in terms]
+    pointers = (c_void_p * count)(*[y.data_ptr() for y in found])
+    _library().fw_int8_linear(
+        held, count, x.data_ptr(), rows, pointers, _tail(tail), ACTIVATIONS["none"], torch.get_num_threads()
+    )
     return found
 
 
 def mlp(x: Tensor, up: Term, down: Term, activation: str, tail: Tail | None = None) -> Tensor:
     """down(activation(up(x))) for x (T, K) contiguous; a block of rows' hidden values never leave the cache."""
-    y = x.new_empty(x.shape[0], down.weight.out)
-    native.library().fw_int8_mlp(
-        ctypes.byref(up.pointers()), ctypes.byref(down.pointers()),
-        c_void_p(x.data_ptr()), c_int64(x.shape[0]), c_void_p(y.data_ptr()),
-        ctypes.byref(_tail(tail)), ACTIVATIONS[activation], torch.get_num_threads(),
+    y = x.new_empty(x.shape[0], down.out)
+    _library().fw_int8_mlp(
+        up.pointers, down.pointers, x.data_ptr(), x.shape[0], y.data_ptr(),
+        _tail(tail), ACTIVATIONS[activation], torch.get_num_threads(),
     )  # fmt: skip
     return y
 

@@ -18,6 +18,8 @@ from torch import Tensor
 
 #: Instruction sets, in the library's numbers.
 LEVELS = ("portable", "avx2", "avx512-vnni")
+#: Types whose memory is what it seems; a subclass may hold anything.
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @functools.lru_cache(maxsize=1)
@@ -75,10 +77,7 @@ def usable(*tensors: Tensor) -> bool:
     if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
         return False
     grads = torch.is_grad_enabled()
-    return all(
-        type(t) in (Tensor, torch.nn.Parameter)
-        and t.dtype == torch.float32
-        and t.device.type == "cpu"
-        and not (grads and t.requires_grad)
-        for t in tensors
-    )
+    for t in tensors:
+        if type(t) not in PLAIN or t.dtype != torch.float32 or not t.is_cpu or (grads and t.requires_grad):
+            return False
+    return True

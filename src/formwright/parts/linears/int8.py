@@ -131,7 +131,7 @@ class Int8Linear(LinearLike):
 
     def packed(self) -> Packed:
         """The weight as its product wants it: made at first use, never saved or copied."""
-        if self._packed is None or self._packed.weight is not self.weight:
+        if self._packed is None or self._packed.weight is not self._buffers["weight"]:
             self._packed = Packed(self.weight, self.scale, self.zero, self.outliers)
         return self._packed
 
@@ -141,15 +141,18 @@ class Int8Linear(LinearLike):
     @classmethod
     def project(cls, slots: Sequence[LinearLike], x: Tensor, ctx: Context | None) -> list[Tensor]:
         """Slots that leave out the same columns quantise their common input once."""
-        groups: dict[Any, list[Int8Linear]] = {}
-        for slot in slots:
-            assert isinstance(slot, Int8Linear)
-            groups.setdefault((slot.scheme, slot.threshold, slot.packed().left_out), []).append(slot)
+        rest: list[Any] = list(slots)
         made: dict[int, Tensor] = {}
-        for (scheme, threshold, _), held in groups.items():
+        while rest:
+            first = rest[0]
+            key = (first.scheme, first.threshold, first.packed().left_out)
+            held = [slot for slot in rest if (slot.scheme, slot.threshold, slot.packed().left_out) == key]
             packs, biases = [slot.packed() for slot in held], [slot.bias for slot in held]
-            results = int8_linear(x, packs, biases, scheme=scheme_named(scheme), threshold=threshold)
+            results = int8_linear(x, packs, biases, scheme=scheme_named(first.scheme), threshold=first.threshold)
+            if len(held) == len(slots):
+                return results
             made.update({id(slot): y for slot, y in zip(held, results)})
+            rest = [slot for slot in rest if id(slot) not in made]
         return [made[id(slot)] for slot in slots]
 
     def finishes(self, tail: Tail) -> bool:

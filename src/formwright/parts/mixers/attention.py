@@ -224,17 +224,18 @@ class Attention(Part):
         if ctx.state is not None:
             raise SpecError(f"{ctx.path}: attention streams in the padded layout; give lengths instead of offsets")
         spans = ctx.spans()
-        longest = max((stop - start for start, stop in spans), default=0)
-        steps = torch.arange(longest, device=q.device)[None]
         if rule.segments is not None or isinstance(rule.prefix, Tensor):
             raise SpecError(f"{ctx.path}: rules of segments and per-row prefixes need the padded layout")
-        mask = None
-        if not rule.simple:
+        mask = bias = None
+        if not rule.simple or self.distance is not None:
+            longest = max((stop - start for start, stop in spans), default=0)
+            steps = torch.arange(longest, device=q.device)[None]
+            bias = self._bias(ctx, steps, steps)
+            if not rule.simple:
 
-            def mask(rows: slice, columns: slice) -> Tensor:
-                return rule.mask(steps[:, rows], steps[:, columns])
+                def mask(rows: slice, columns: slice) -> Tensor:
+                    return rule.mask(steps[:, rows], steps[:, columns])
 
-        bias = self._bias(ctx, steps, steps)
         if ctx.wants("probs"):
             ctx.note("probs", self._block_diagonal(q, k, v, spans, rule, ctx))
         free = rule.prefix is None and rule.context is None
