@@ -43,7 +43,7 @@ def test_the_guide_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
                 assert words[:2] == ["pip", "install"], words
                 continue
             if "--minutes" in words:
-                words[words.index("--minutes") + 1] = "0.5"
+                words[words.index("--minutes") + 1] = "0.3"
             with pytest.raises(SystemExit) as stop:
                 main(words[1:])
             said = capsys.readouterr()
