@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 
@@ -20,7 +21,7 @@ from formwright.ops import int8_linear as op
 from formwright.ops import native
 from formwright.ops.attention import attention_reference, packed_attention
 from formwright.ops.attention.native import packed_attention_native
-from formwright.ops.int8_linear.native import ACTIVATIONS, NativeWeight, Tail, Term, linear, mlp
+from formwright.ops.int8_linear.native import ACTIVATIONS, NativeWeight, Tail, Term, attention, linear, mlp
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the compiled ops were not built on this machine")
 LEVELS = range(1 + native.LEVELS.index(native.level() or "portable"))
@@ -168,6 +169,32 @@ def test_packed_attention_equals_the_definition(
 
 
 @pytest.mark.skipif(native.level() != "avx512-vnni", reason="the attention kernel needs AVX-512")
+@pytest.mark.skipif(native.level() != "avx512-vnni", reason="the attention kernel needs AVX-512")
+@given(
+    lengths=st.lists(st.integers(0, 60), min_size=1, max_size=5).filter(sum),
+    groups=st.sampled_from([(4, 4), (4, 2), (3, 1)]),
+    causal=st.booleans(),
+    normed=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_whole_attention_sublayer_is_its_steps(
+    lengths: list[int], groups: tuple[int, int], causal: bool, normed: bool, seed: int
+) -> None:
+    width, rows = 16, sum(lengths)
+    edges = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    spans = list(itertools.pairwise(edges))
+    sizes = [groups[0] * width, groups[1] * width, groups[1] * width]
+    terms = [Term(laid_out(size, 40, seed + i)[0], drawn(size, seed=i)) for i, size in enumerate(sizes)]
+    out = Term(laid_out(40, sizes[0], seed)[0], drawn(40, seed=9))
+    x, residual, gain = drawn(rows, 40, seed=seed), drawn(rows, 40, seed=seed + 1), drawn(40, seed=2)
+    tail = Tail(residual, gain if normed else None, drawn(40, seed=3) if normed else None, 1e-5)
+    q, k, v = (y.view(1, rows, -1, width) for y in linear(x, terms))
+    mixed = packed_attention_native(q, k, v, spans, 0.3, causal)
+    assert mixed is not None
+    wanted = linear(mixed.reshape(rows, -1), [out], tail)[0]
+    assert torch.equal(attention(x, terms, out, spans, width, 0.3, causal, tail), wanted)
+
+
 def test_attention_takes_strided_rows_and_passes_nan() -> None:
     qkv = drawn(1, 50, 3, 4, 32)
     q, k, v = (qkv[:, :, i] for i in range(3))

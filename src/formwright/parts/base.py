@@ -153,6 +153,21 @@ class LinearLike(nn.Module):
         form for them."""
         return None
 
+    @classmethod
+    def attention(
+        cls,
+        slots: list[LinearLike],
+        x: Tensor,
+        spans: list[tuple[int, int]],
+        head_width: int,
+        scale: float,
+        causal: bool,
+        tail: Tail,
+    ) -> Tensor | None:
+        """Plain softmax attention of packed documents and the tail at once, for slots q, k, v and o of this class; None
+        where it has no such form for them."""
+        return None
+
 
 class TableLike(nn.Module):
     """A lookup table (rows, width): token, type and position embeddings. ``weight_rows`` undoes any compression."""

@@ -3,19 +3,11 @@
 // A head of a document is small: its keys, transposed once, and the scores of six queries stay in the first-level
 // cache, so nothing but q, k, v and the output touches memory and nothing is spent on padding. Work is handed out by
 // (document, head). Scores of a row are exponentiated against their true maximum, as in the definition.
-#include "../native/common.hpp"
+#include "../native/calls.hpp"
 
 namespace {
 
-struct Call {
-  const float *q, *k, *v;  // row strides below; heads side by side
-  float* y;
-  int64_t q_row, kv_row, y_row;
-  const int64_t* offsets;  // (documents + 1)
-  int64_t documents, heads, groups, width;
-  float scale;
-  int causal;
-};
+using Call = fw::Attention;
 
 #ifdef FW_X86
 FW_PUSH(FW_AVX512)

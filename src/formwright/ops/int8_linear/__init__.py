@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from formwright.ops import native as library
-from formwright.ops.int8_linear.native import ACTIVATIONS, NativeWeight, Tail, Term, linear, mlp
+from formwright.ops.attention.native import suits
+from formwright.ops.int8_linear.native import ACTIVATIONS, NativeWeight, Tail, Term, attention, linear, mlp
 from formwright.ops.int8_linear.products import Product, onednn_levels, route
 from formwright.ops.int8_linear.reference import (
     MAGIC,
@@ -45,6 +46,7 @@ __all__ = [
     "Tail",
     "backend",
     "dequantize_weight",
+    "int8_attention",
     "int8_joined",
     "int8_linear",
     "int8_linear_reference",
@@ -286,6 +288,32 @@ def int8_mlp(
         return None
     y = mlp(x.reshape(-1, x.shape[-1]), up.term(up_bias), down.term(down_bias), activation, _flat(tail))
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def int8_attention(
+    x: Tensor,
+    packs: Sequence[Packed],
+    biases: Sequence[Tensor | None],
+    spans: Sequence[tuple[int, int]],
+    *,
+    head_width: int,
+    scale: float,
+    causal: bool,
+    scheme: Scheme = SCHEMES["vector"],
+    tail: Tail | None = None,
+) -> Tensor | None:
+    """A whole attention sublayer of packed documents in one call: x (1, T, K) through q, k, v and o -> (1, T, O).
+
+    The same integers and softmax as the steps one by one. None where the compiled kernels do not take it.
+    """
+    others = () if tail is None else tail[:3]
+    if x.shape[1] == 0 or packs[0].left_out != packs[1].left_out or packs[0].left_out != packs[2].left_out:
+        return None
+    if not compiled(x, packs, scheme, *biases, *others) or not suits(head_width, spans):
+        return None
+    terms = [packed.term(bias) for packed, bias in zip(packs, biases)]
+    y = attention(x[0].contiguous(), terms[:3], terms[3], spans, head_width, scale, causal, _flat(tail))
+    return y[None]
 
 
 def int8_joined(

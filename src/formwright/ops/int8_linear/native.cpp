@@ -2,33 +2,20 @@
 //
 // y = act(s_x s_w (q_x q_w^T) + bias + kept columns), with the definition's float32 arithmetic (reference.py), and
 // optionally the rest of a residual sublayer: LayerNorm(residual + y). A whole MLP (up, activation, down) is one call:
-// the hidden values of a block of rows never leave the second-level cache.
+// the hidden values of a block of rows never leave the second-level cache. So is a whole attention sublayer: what its
+// four steps would cost beside the work (calls, checks, views) is what a short text mostly waits for.
 //
 // VNNI multiplies unsigned by signed bytes and adds four products in 32 bits. The broadcast operand is the signed one,
 // so inputs stay signed and weights carry +128; 128 times the sum of a row of inputs is taken off again. AVX2 and
 // portable code widen to 16 bits, where a pair of products fits 32 bits. So every path gives the same integers.
 //
 // Layout of a packed weight (O, K): panels of N outputs, then groups of G inputs, then N x G bytes; see Shape.
-#include "../native/common.hpp"
+#include "../native/calls.hpp"
 
 namespace {
 
-struct Weight {
-  int64_t out, in;
-  const void* packed;
-  const float* scale;     // (out)
-  const float* bias;      // (out) or null
-  int64_t outliers;       // columns kept in float
-  const int64_t* columns; // (outliers) which
-  const float* kept;      // (outliers, out) their weights
-};
-
-struct Tail {
-  const float* residual;  // (rows, out) or null
-  const float* gain;      // (out), null for no normalisation
-  const float* shift;     // (out) or null
-  float eps;
-};
+using fw::Tail;
+using fw::Weight;
 
 enum Activation { NONE = 0, GELU = 1, GELU_TANH = 2, RELU = 3, SILU = 4 };
 
@@ -512,4 +499,22 @@ FW_API void fw_int8_mlp(const Weight* up, const Weight* down, const float* x, in
   if (fw::level() == fw::TWO) return mlp<Avx2>(*up, *down, x, rows, y, *tail, activation, threads);
 #endif
   mlp<Portable>(*up, *down, x, rows, y, *tail, activation, threads);
+}
+
+// y = tail(out(attention(q, k, v of x))): x (rows, in) -> y (rows, out of `out`). `shape` says offsets, heads, groups,
+// width, scale and causal; `room` holds rows * (2 heads + 2 groups) * width floats.
+FW_API void fw_int8_attention(const Weight* projections, const Weight* out, const fw::Attention* shape, const float* x,
+                              int64_t rows, float* room, float* y, const Tail* tail, int threads) {
+  fw::Attention call = *shape;
+  call.q_row = call.y_row = call.heads * call.width;
+  call.kv_row = call.groups * call.width;
+  float* q = room;
+  float* k = q + rows * call.q_row;
+  float* v = k + rows * call.kv_row;
+  float* const parts[] = {q, k, v};
+  const Tail none = {nullptr, nullptr, nullptr, 0.0f};
+  fw_int8_linear(projections, 3, x, rows, parts, &none, NONE, threads);
+  call.q = q, call.k = k, call.v = v, call.y = v + rows * call.kv_row;
+  fw_attention_packed(&call, threads);
+  fw_int8_linear(out, 1, call.y, rows, &y, tail, NONE, threads);
 }

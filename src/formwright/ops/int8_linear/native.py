@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from formwright.ops import native
+from formwright.ops.attention.native import Call
 
 #: Activations that are applied to a product while it is in registers, by the library's numbers.
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu-tanh": 2, "relu": 3, "silu": 4}
@@ -47,6 +48,9 @@ def _library() -> Any:
     made, weight, tail = native.library(), ctypes.POINTER(_Weight), ctypes.POINTER(_Tail)
     made.fw_int8_linear.argtypes = (weight, c_int64, c_void_p, c_int64, ctypes.POINTER(c_void_p), tail, c_int, c_int)
     made.fw_int8_mlp.argtypes = (weight, weight, c_void_p, c_int64, c_void_p, tail, c_int, c_int)
+    made.fw_int8_attention.argtypes = (
+        weight, weight, ctypes.POINTER(Call), c_void_p, c_int64, c_void_p, c_void_p, tail, c_int,
+    )  # fmt: skip
     return made
 
 
@@ -104,6 +108,32 @@ def mlp(x: Tensor, up: Term, down: Term, activation: str, tail: Tail | None = No
     _library().fw_int8_mlp(
         up.pointers, down.pointers, x.data_ptr(), x.shape[0], y.data_ptr(),
         _tail(tail), ACTIVATIONS[activation], torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def attention(
+    x: Tensor,
+    projections: Sequence[Term],
+    out: Term,
+    spans: Sequence[tuple[int, int]],
+    width: int,
+    scale: float,
+    causal: bool,
+    tail: Tail | None = None,
+) -> Tensor:
+    """out(softmax(q k^T) v) for x (T, K) contiguous and the terms of q, k and v, in heads of ``width``; the documents
+    ``spans`` follow one another and cover 0 .. T."""
+    q, k = projections[0].out, projections[1].out
+    offsets = (c_int64 * (len(spans) + 1))(0, *[stop for _, stop in spans])
+    shape = Call(
+        None, None, None, None, 0, 0, 0, ctypes.addressof(offsets),
+        len(spans), q // width, k // width, width, scale, causal,
+    )  # fmt: skip
+    room, y = x.new_empty(2 * x.shape[0] * (q + k)), x.new_empty(x.shape[0], out.out)
+    _library().fw_int8_attention(
+        (_Weight * 3)(*[term.pointers for term in projections]), out.pointers, shape,
+        x.data_ptr(), x.shape[0], room.data_ptr(), y.data_ptr(), _tail(tail), torch.get_num_threads(),
     )  # fmt: skip
     return y
 

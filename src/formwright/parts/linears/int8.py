@@ -183,6 +183,33 @@ class Int8Linear(LinearLike):
             tail=None if tail is None else _tail(tail),
         )
 
+    @classmethod
+    def attention(
+        cls,
+        slots: list[LinearLike],
+        x: Tensor,
+        spans: list[tuple[int, int]],
+        head_width: int,
+        scale: float,
+        causal: bool,
+        tail: Tail,
+    ) -> Tensor | None:
+        held: list[Any] = slots
+        scheme = held[0].scheme
+        if any(slot.threshold or slot.scheme != scheme for slot in held):
+            return None
+        return op.int8_attention(
+            x,
+            [slot.packed() for slot in held],
+            [slot.bias for slot in held],
+            spans,
+            head_width=head_width,
+            scale=scale,
+            causal=causal,
+            scheme=scheme_named(scheme),
+            tail=_tail(tail),
+        )
+
     def dense_weight(self) -> Tensor:
         return dequantize_weight(self.weight, self.scale, self.zero, self.outliers)
 

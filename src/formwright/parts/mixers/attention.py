@@ -165,6 +165,10 @@ class Attention(Part):
         return ctx
 
     def forward(self, x: Tensor, ctx: Context, tail: Tail | None = None) -> Tensor:
+        if tail is not None and ctx.offsets is not None:
+            done = self._whole(x, ctx, tail)
+            if done is not None:
+                return done
         mixed = self._mixed(x, ctx).flatten(2)
         if tail is not None:
             return self.o.joined(mixed, tail)
@@ -172,6 +176,18 @@ class Attention(Part):
 
     def finishes(self, tail: Tail) -> bool:
         return not drops(self.rate, self.training) and self.o.finishes(tail)
+
+    def _whole(self, x: Tensor, ctx: Context, tail: Tail) -> Tensor | None:
+        """The sublayer at once, where the kind of its slots has that form and nothing stands between them."""
+        slots = [self.q, self.k, self.v, self.o]
+        kind, rule = type(slots[0]), self.rule & ctx.visible
+        bare = self.memory is None and self.rotary is None and self.distance is None and self.q_norm is None
+        if not (bare and rule.simple) or ctx.state is not None or ctx.wants("probs"):
+            return None
+        if any(type(slot) is not kind for slot in slots):
+            return None
+        scale = self.head_width**-0.5 if self.scale is None else self.scale
+        return kind.attention(slots, x, ctx.spans(), self.head_width, scale, rule.causal, tail)
 
     def _mixed(self, x: Tensor, ctx: Context) -> Tensor:
         """(B, L, H, D): what ``o`` reads."""

@@ -1,0 +1,37 @@
+// What Python hands over: plain structs, the same as those that native.py of each op declares.
+#pragma once
+
+#include "common.hpp"
+
+namespace fw {
+
+struct Weight {
+  int64_t out, in;
+  const void* packed;
+  const float* scale;     // (out)
+  const float* bias;      // (out) or null
+  int64_t outliers;       // columns kept in float
+  const int64_t* columns; // (outliers) which
+  const float* kept;      // (outliers, out) their weights
+};
+
+struct Tail {
+  const float* residual;  // (rows, out) or null
+  const float* gain;      // (out), null for no normalisation
+  const float* shift;     // (out) or null
+  float eps;
+};
+
+struct Attention {
+  const float *q, *k, *v;  // row strides below; heads side by side
+  float* y;
+  int64_t q_row, kv_row, y_row;
+  const int64_t* offsets;  // (documents + 1)
+  int64_t documents, heads, groups, width;
+  float scale;
+  int causal;
+};
+
+}  // namespace fw
+
+FW_API void fw_attention_packed(const fw::Attention* call, int threads);
