@@ -19,6 +19,7 @@ from formwright.kit.errors import SpecError, unknown
 from formwright.ops.attention import attention, attention_reference, blocks, packed_attention
 from formwright.parts.base import (
     Cost,
+    LinearLike,
     Part,
     Shape,
     Slot,
@@ -179,7 +180,7 @@ class Attention(Part):
 
     def _whole(self, x: Tensor, ctx: Context, tail: Tail) -> Tensor | None:
         """The sublayer at once, where the kind of its slots has that form and nothing stands between them."""
-        slots = [self.q, self.k, self.v, self.o]
+        slots: list[LinearLike] = [self.q, self.k, self.v, self.o]
         kind, rule = type(slots[0]), self.rule & ctx.visible
         bare = self.memory is None and self.rotary is None and self.distance is None and self.q_norm is None
         if not (bare and rule.simple) or ctx.state is not None or ctx.wants("probs"):
