@@ -275,13 +275,14 @@ def _module_name(file: Path) -> str:
 
 
 def load_plugin(name: str) -> Any:
-    """Import ``FILE.py`` (or ``FILE.py:NAME``, then its attribute). The user asked for this code by its path."""
+    """Import ``FILE.py`` (or ``FILE.py:NAME``, then its attribute), once a process. The user asked for this code by its
+    path."""
     path, attribute = (name, "") if name.endswith(".py") else name.rpartition(":")[::2]
     file = _permitted(Path(path).expanduser().resolve())
-    if not file.is_file():
-        raise SpecError(f"plug-in file {path} does not exist")
     module_name = _module_name(file)
     module = sys.modules.get(module_name)
+    if module is None and not file.is_file():
+        raise SpecError(f"plug-in file {path} does not exist")
     if module is None:
         spec = importlib.util.spec_from_file_location(module_name, file)
         assert spec is not None and spec.loader is not None

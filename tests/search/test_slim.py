@@ -159,3 +159,22 @@ def test_a_workspace_keeps_results_once(tmp_path: Path) -> None:
         assert space.recipe == {"a": 1} and space.once("x", lambda: {"value": 2})["value"] == 1
     assert calls == [1]
     assert Search.__doc__
+
+
+@pytest.mark.parametrize(("spread", "written"), [(0.02, "fast"), (0.30, "good")])
+def test_times_within_their_noise_are_one_time(spread: float, written: str) -> None:
+    """2 % apart: told apart at a spread of 2 %, not at 30 %; then the better one on select is written."""
+    from types import SimpleNamespace
+
+    from formwright.search.front import Front
+
+    def point(name: str, speed: float, select: float, accepted: bool = True) -> dict[str, Any]:
+        row = {"name": name, "speed": speed, "kept": select, "select": select, "accepted": accepted}
+        return {**row, "ms_spread": spread, "written": False}
+
+    task = SimpleNamespace(higher_is_better=True)
+    front = Front(SimpleNamespace(target="latency", task=task, space=None, bench=None, original=None))  # type: ignore
+    points = [point("original", 1.0, 1.0), point("good", 3.00, 0.998), point("fast", 3.06, 0.991)]
+    points.append(point("worse", 5.0, 0.7, accepted=False))
+    front.choose(points)
+    assert [p["name"] for p in points if p["written"]] == [written]

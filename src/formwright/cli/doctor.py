@@ -15,6 +15,7 @@ from formwright.registry import register
 EXTRAS = {
     "report": ("the interactive picture in report.html", ("plotly",)),
     "onnx": ("formwright export --format onnx", ("onnx", "onnxscript")),
+    "ray": ("formwright slim --ray, a search spread over a cluster", ("ray",)),
 }
 
 

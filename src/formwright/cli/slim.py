@@ -90,6 +90,9 @@ def slim(
     minutes: Annotated[float, typer.Option("--minutes", help="of search, everything included")] = 12.0,
     out: Annotated[Path | None, typer.Option("--out", help="directory to write; the search lies in OUT.run")] = None,
     resume: Annotated[Path | None, typer.Option("--resume", help="go on with a search: its OUT.run")] = None,
+    ray: Annotated[
+        str | None, typer.Option("--ray", help="Ray cluster to share the work: local, auto, HOST:PORT, ray://HOST:PORT")
+    ] = None,
     seed: Seed = 0,
     threads: Threads = None,
     strict: Strict = False,
@@ -167,6 +170,7 @@ def slim(
             out=out,
             resume=resume is not None,
             overwrite=overwrite,
+            ray=ray,
             say=tell,
             status=status,
             confirm=confirm,

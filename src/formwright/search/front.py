@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: Most points of the printed front besides the original.
 FINALISTS = 3
+#: Rounds of the alternating run that times them.
+ROUNDS = 9
 
 
 @dataclass
@@ -94,7 +96,7 @@ class Front:
 
     def timed(self, models: dict[str, Any]) -> dict[str, list[float]]:
         contenders = {key: (lambda model=model: self.search.load.run(model)) for key, model in models.items()}
-        found = alternate(contenders, rounds=9, warmup=1, seconds=40)
+        found = alternate(contenders, rounds=ROUNDS, warmup=1, seconds=40)
         return {key: list(timing.seconds) for key, timing in found.items()}
 
     def point(self, made: Candidate, models: dict, timing: dict, scores: dict) -> dict[str, Any]:
@@ -136,7 +138,10 @@ class Front:
         return float(torch.cosine_similarity(mine.double(), theirs.double()).mean())
 
     def choose(self, points: list[dict[str, Any]]) -> None:
-        """Mark the cheapest accepted point as the one to write, and what lies on the front."""
+        """Mark the cheapest accepted point as the one to write, and what lies on the front.
+
+        Times that differ by less than the error of their medians are one time: of those, the better on select.
+        """
 
         def figure(point: dict[str, Any]) -> float:
             if self.search.target == "latency":
@@ -155,7 +160,13 @@ class Front:
             point["on_front"] = not better
         accepted = [p for p in points[1:] if p["accepted"] and figure(p) < figure(points[0])]
         if accepted:
-            min(accepted, key=figure)["written"] = True
+            least = min(accepted, key=figure)
+            noise = 0.0
+            if self.search.target == "latency":
+                noise = max(p["ms_spread"] for p in accepted) / ROUNDS**0.5
+            equal = [p for p in accepted if figure(p) <= figure(least) * (1 + noise)]
+            sign = 1 if self.task.higher_is_better else -1
+            max(equal, key=lambda p: sign * p["select"])["written"] = True
 
     def data(self, points: list[dict[str, Any]], scores: dict) -> dict[str, Any]:
         """Everything that the report shows, as plain data."""

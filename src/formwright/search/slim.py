@@ -3,10 +3,12 @@
 1. Rank moves: what dropping a sublayer does to the outputs, or to the metric on *calibrate*, per share of the cost.
 2. Go down the chain (:mod:`formwright.search.chain`): drop a set of them, heal against the original on unlabelled
    *calibrate* texts, apply the precision move, score on *select*.
-3. Measure the survivors in one alternating run, score them once on *test*, and write the cheapest that keeps enough.
+3. Measure the survivors in one alternating run, score them once on *test*, and write the cheapest that keeps enough
+   (:mod:`formwright.search.front`).
 
 The cost is what the target says: measured latency, or bytes, multiply-accumulates, memory in closed form. Works alike
-for encoders, decoders and classifiers. A search can be stopped at any moment and resumed.
+for encoders, decoders and classifiers. A search can be stopped at any moment and resumed. Its candidates may be worked
+out by the workers of a Ray cluster (:mod:`formwright.search.crew`).
 """
 
 from __future__ import annotations
@@ -14,34 +16,27 @@ from __future__ import annotations
 import shlex
 import shutil
 import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from formwright.kit.errors import DataError, Refusal, SpecError, unknown
 from formwright.measure import alternate
-from formwright.measure.machine import machine
-from formwright.measure.report import measured
-from formwright.measure.timing import Timing
 from formwright.measure.workload import Workload, default_shape, workload
 from formwright.search import evidence
+from formwright.search.bench import Bench
 from formwright.search.chain import Chain
-from formwright.search.moves import cost, drop_plan
+from formwright.search.crew import Crew, hire
+from formwright.search.front import FINALISTS, Candidate, Front
+from formwright.search.moves import cost
 from formwright.search.workspace import Workspace
-from formwright.surgery import apply, copy, surgery, words
+from formwright.surgery import surgery
 from formwright.surgery.base import Plan
 
 TARGETS = ("latency", "size", "macs", "memory")
-#: Calibrate texts that distances are taken on, and that precision moves may run.
-PROBES = 64
 #: A precision move must make the target this much cheaper to be worth its error.
 WORTH = 1.05
-#: Most points of the printed front besides the original.
-FINALISTS = 3
 
 
 @dataclass
@@ -83,58 +78,36 @@ class Slimmed:
         return report.table(self.data, width, color)
 
 
-@dataclass
-class _Candidate:
-    """A model of the chain as plain data; ``steps`` is the directory of its float form, None for the original."""
-
-    key: str
-    drops: list[str]
-    healed: int
-    select: float
-    kept: float
-    cost: float
-    accepted: bool
-    label: str
-    steps: str | None = None
-    precision: list[dict[str, Any]] = field(default_factory=list)
-
-
 class Search:
     """One search, carried out by :meth:`run`; ``say`` gets lines of explanation, ``status`` the state of the search."""
 
     def __init__(
-        self, model: Any, task: Any, space: Workspace, say: Callable[[str], None], status: Callable[..., None]
-    ):
-        self.original, self.task, self.space = model, task, space
+        self,
+        model: Any,
+        task: Any,
+        space: Workspace,
+        crew: Crew,
+        say: Callable[[str], None],
+        status: Callable[..., None],
+    ) -> None:
+        self.original, self.task, self.space, self.crew = model, task, space, crew
         self.say, self.status = say, status
         recipe = space.recipe
         self.keep, self.target, self.seed = recipe["keep"], recipe["target"], recipe["seed"]
         self.strict = recipe["strict"]
         self.seconds = recipe["minutes"] * 60.0
         self.load: Workload = workload(model, recipe["shape"], task=task, seed=self.seed)
-        self.texts: list[str] = task.texts("calibrate")
-        self.probes = self.texts[:: max(1, len(self.texts) // PROBES)][:PROBES]
-        self.candidates: list[_Candidate] = []
+        self.bench = Bench(model, task, self.seed)
+        self.candidates: list[Candidate] = []
 
     # ------------------------------------------------------------------ pieces
 
-    def score(self, model: Any, split: str, key: str) -> dict[str, Any]:
-        def work() -> dict[str, Any]:
-            started = time.perf_counter()
-            found = evidence.record(self.task.score(model, split))
-            return {**found, "clock": time.perf_counter() - started}
-
-        return self.space.once(f"{split}/{key}", work)
+    def score(self, model: Any, split: str, key: str, known: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The score on record; ``known`` is one that the crew has taken already."""
+        return self.space.once(f"{split}/{key}", lambda: known or self.bench.score(model, split))
 
     def kept(self, value: float, split: str = "select") -> float:
-        return self.share(value, self.score(self.original, split, "original")["value"])
-
-    def precise(self, model: Any, precision: list[dict[str, Any]]) -> Any:
-        """A copy of a model with the chosen precision moves applied; healing happens before, in float."""
-        made = copy(model, share=True)
-        for step in precision:
-            apply(made, step["surgery"], self.probes or None, **step["options"])
-        return made
+        return self.bench.share(value, self.score(self.original, split, "original")["value"])
 
     def choose_precision(self) -> list[dict[str, Any]]:
         """The precision moves that make the target cheaper by enough, measured on the original."""
@@ -144,7 +117,7 @@ class Search:
             for name in surgeries():
                 for options in surgery(name).precision_moves(self.original, self.target):
                     trial = [*chosen, {"surgery": name, "options": options}]
-                    before, after = self.precise(self.original, chosen), self.precise(self.original, trial)
+                    before, after = (self.bench.precise(self.original, steps) for steps in (chosen, trial))
                     if self.ratio(before, after) >= WORTH:
                         chosen = trial
                     del before, after
@@ -161,12 +134,21 @@ class Search:
         )
         return times["after"].over(times["before"])
 
-    def candidate(self, key: str, model: Any, drops: list[str], healed: int, precision: list, steps: str | None) -> Any:
-        """Score the precise form of a float model on select and put the candidate on record."""
+    def candidate(
+        self,
+        key: str,
+        model: Any,
+        drops: list[str],
+        healed: int,
+        precision: list[dict[str, Any]],
+        steps: str | None,
+        known: dict[str, Any] | None = None,
+    ) -> Candidate:
+        """Score the precise form of a float model on select (unless ``known``) and put the candidate on record."""
 
         def work() -> dict[str, Any]:
-            precise = self.precise(model, precision)
-            value = self.score(precise, "select", key)["value"]
+            precise = self.bench.precise(model, precision)
+            value = self.score(precise, "select", key, known)["value"]
             share = self.kept(value)
             figure = cost(precise, self.target, self.load) if self.target != "latency" else self.quick_cost(precise)
             return {
@@ -181,7 +163,7 @@ class Search:
                 "precision": precision,
             }
 
-        found = _Candidate(**{**self.space.once(f"candidate/{key}", work), "key": key})
+        found = Candidate(**{**self.space.once(f"candidate/{key}", work), "key": key})
         self.candidates.append(found)
         best = max((self.base_cost / c.cost for c in self.candidates if c.accepted), default=1.0)
         self.status(
@@ -212,11 +194,12 @@ class Search:
         self.candidate("original", self.original, [], 0, [], None)
         if precision:
             self.candidate("precise", self.original, [], 0, precision, None)
-        if self.texts:
+        if self.bench.texts:
+            self.crew.take(self.bench)
             Chain(self, precision).run()
         else:
             self.say("the task has no texts to heal on, so only precision moves were tried")
-        return self.finish()
+        return Front(self).run()
 
     def prepare(self) -> None:
         score = self.score(self.original, "select", "original")
@@ -224,161 +207,10 @@ class Search:
             raise DataError(f"the original scores {score['value']} on select; there is nothing to keep")
         self.kept(score["value"])  # says so when the original is no better than chance
 
-    def share(self, value: float, original: float) -> float:
-        """What a value of the task's metric keeps of another."""
-        return evidence.kept(self.task, value, original)
-
     def reserve(self) -> float:
         """Seconds to keep for the last measurements (finalists on test, timing, writing), at most a third of all."""
         clock = self.space.results.get("select/original", {}).get("clock", 20.0)
         return min(45.0 + clock * (1.0 + 0.6 * FINALISTS), self.seconds / 3)
-
-    # ------------------------------------------------------------------ the end
-
-    def finalists(self) -> list[_Candidate]:
-        """The original and the accepted candidates that nothing both cheaper and better makes pointless."""
-        pool = [c for c in self.candidates if c.accepted and c.key != "original"]
-        best: list[_Candidate] = []
-        for made in sorted(pool, key=lambda c: c.cost):
-            if not best or made.kept > max(other.kept for other in best):
-                best.append(made)
-        # The cheapest may fail on test, so the next cheapest stand behind it whatever they keep.
-        for made in sorted(pool, key=lambda c: c.cost)[:2]:
-            if made not in best:
-                best.append(made)
-        best.sort(key=lambda c: c.cost)
-        chosen = best if len(best) <= FINALISTS else [*best[: FINALISTS - 1], best[-1]]
-        return [next(c for c in self.candidates if c.key == "original"), *reversed(chosen)]
-
-    def rebuild(self, made: _Candidate) -> Any:
-        from formwright.hub import load
-
-        base = self.original if made.steps is None else load(self.space.path / made.steps)
-        if made.steps is None and made.drops:
-            base = copy(self.original, share=True)
-            apply(base, drop_plan(base, made.drops))
-        return self.precise(base, made.precision)
-
-    def finish(self) -> dict[str, Any]:
-        finalists = self.finalists()
-        models = {made.key: self.rebuild(made) for made in finalists}
-        self.status(now="measuring the front", elapsed=self.space.elapsed)
-        times = self.space.once("timing", lambda: {"seconds": self.timed(models)})["seconds"]
-        timing = {key: Timing(tuple(values)) for key, values in times.items()}
-        scores = {}
-        for made in finalists:
-            self.status(now=f"test: {made.label}", elapsed=self.space.elapsed)
-            scores[made.key] = evidence.score_from(self.score(models[made.key], "test", made.key))
-        points = [self.point(made, models, timing, scores) for made in finalists]
-        self.choose(points, finalists)
-        from formwright.hub import save
-
-        for made, point in zip(finalists[1:], points[1:]):
-            directory = self.space.path / "points" / made.key.replace("+", "-")
-            if not directory.is_dir():
-                save(models[made.key], directory)
-            point["_directory"] = str(directory)
-        return self.data(points, scores)
-
-    def timed(self, models: dict[str, Any]) -> dict[str, list[float]]:
-        contenders = {key: (lambda model=model: self.load.run(model)) for key, model in models.items()}
-        found = alternate(contenders, rounds=9, warmup=1, seconds=40)
-        return {key: list(timing.seconds) for key, timing in found.items()}
-
-    def point(self, made: _Candidate, models: dict, timing: dict, scores: dict) -> dict[str, Any]:
-        model, score, original = models[made.key], scores[made.key], scores["original"]
-        figures = measured(model, self.load, timing[made.key])
-        first = made.key == "original"
-        share = 1.0 if first else evidence.kept(self.task, score.value, original.value)
-        low = 1.0 if first else evidence.bound(self.task, score, original, self.seed)
-        return {
-            "name": "original" if first else made.label,
-            "quality": score.value,
-            "kept": share,
-            "bound": low,
-            "select": made.select,
-            "ms": figures["ms_item"],
-            "ms_spread": figures["spread"],
-            "noisy": figures["noisy"],
-            "speed": timing[made.key].over(timing["original"]),
-            "bytes": figures["bytes"],
-            "parameters": figures["parameters"],
-            "macs": figures["macs"],
-            "cosine": 1.0 if first else self.cosine(model),
-            "history": [] if first else made.label.split(" · "),
-            "history_words": [words(entry) for entry in model.history],
-            "on_front": True,
-            "written": False,
-            "accepted": share >= self.keep and (not self.strict or (low or 0.0) >= self.keep),
-            "reproduce": None if first else self.space.recipe["command"],
-        }
-
-    def cosine(self, model: Any) -> float | None:
-        """Mean cosine to the original's vectors on the probes; None for models that give no vectors."""
-        if not self.probes or not any(head.kind == "vectors" for head in model.heads.values()):
-            return None
-        mine, theirs = (m.encode(self.probes, as_tensor=True) for m in (model, self.original))
-        return float(torch.cosine_similarity(mine.double(), theirs.double()).mean())
-
-    def choose(self, points: list[dict[str, Any]], finalists: list[_Candidate]) -> None:
-        """Mark the cheapest accepted point as the one to write, and what lies on the front."""
-
-        def figure(point: dict[str, Any]) -> float:
-            if self.target == "latency":
-                return 1.0 / point["speed"]
-            return {"size": point["bytes"], "memory": point["bytes"], "macs": point["macs"]}[self.target]
-
-        for point in points:
-            better = [
-                p
-                for p in points
-                if p is not point
-                and figure(p) <= figure(point)
-                and p["kept"] >= point["kept"]
-                and (figure(p) < figure(point) or p["kept"] > point["kept"])
-            ]
-            point["on_front"] = not better
-        accepted = [p for p in points[1:] if p["accepted"] and figure(p) < figure(points[0])]
-        if accepted:
-            min(accepted, key=figure)["written"] = True
-
-    def data(self, points: list[dict[str, Any]], scores: dict) -> dict[str, Any]:
-        task = self.task
-        sizes = {split: len(task.texts(split)) for split in task.splits}
-        return {
-            "verb": "slim",
-            "model": self.original.name or "model",
-            "task": {
-                "name": task.name,
-                "metric": task.metric,
-                "higher_is_better": task.higher_is_better,
-                "fingerprint": task.fingerprint(),
-                "splits": sizes,
-                "chance": task.chance,
-            },
-            "keep": self.keep,
-            "target": self.target,
-            "shape": self.load.name,
-            "seed": self.seed,
-            "machine": machine(),
-            "certifiable": evidence.certifiable(task, scores["original"]),
-            "baselines": {name: score.value for name, score in task.baselines("test").items()},
-            "seconds": self.space.elapsed,
-            "command": self.space.recipe["command"],
-            "points": points,
-            "candidates": [
-                {
-                    "quality": c.select,
-                    "ms": None if self.target != "latency" else c.cost * points[0]["ms"],
-                    "bytes": int(c.cost) if self.target in ("size", "memory") else None,
-                    "macs": c.cost if self.target == "macs" else None,
-                    "label": c.label,
-                    "accepted": c.accepted,
-                }
-                for c in self.candidates
-                if c.key != "original"
-            ],
-        }
 
 
 def surgeries() -> list[str]:
@@ -433,6 +265,7 @@ def slim(
     out: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    ray: str | None = None,
     say: Callable[[str], None] = lambda line: None,
     status: Callable[..., None] = lambda **state: None,
     confirm: Callable[[str], bool] = lambda question: True,
@@ -444,7 +277,9 @@ def slim(
 
     target: ``latency`` (measured on ``shape``), ``size``, ``macs`` or ``memory``. minutes: of search, all included.
     strict: accept only where the one-sided 95 % bound reaches ``keep``. out: directory to write; the search itself lies
-    in ``OUT.run`` and goes on with ``resume=True``. Without ``out`` nothing stays on disk.
+    in ``OUT.run`` and goes on with ``resume=True``. Without ``out`` nothing stays on disk. ray: a cluster whose workers
+    rank, heal and score candidates: ``local``, ``auto``, ``HOST:PORT`` or ``ray://HOST:PORT``; a search may be begun
+    with it and resumed without, and the other way round.
 
     Raises: SpecError for options, DataError for data or models that cannot be used, all before any work.
     """
@@ -479,12 +314,14 @@ def slim(
     temporary = None if out is not None else tempfile.mkdtemp(prefix="formwright-")
     place = Path(f"{out}.run") if out is not None else Path(temporary or "", "run")
     try:
-        with Workspace(place, recipe, resume) as space:
+        with hire(ray) as crew, Workspace(place, recipe, resume) as space:
             made.load_state_dict(space.recipe["task"])
-            search = Search(model, made, space, say, status)
+            search = Search(model, made, space, crew, say, status)
             say(f"slim {name} · {made.name} · keep {space.recipe['keep']:g} · {space.recipe['target']} · seed {seed}")
             for line in made.describe():
                 say(f"  {line}")
+            if crew.away:
+                say(f"  {crew.words()}")
             original = evidence.score_from(search.score(model, "select", "original"))
             smallest = evidence.certifiable(made, original)
             if smallest is not None:
