@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,11 @@ import pytest
 import formwright as fw
 import small
 from formwright.kit.errors import DataError, Refusal, SpecError
+from formwright.parts.base import kind_of
 from formwright.search import moves
-from formwright.search.slim import Search
+from formwright.search.crew import Crew
+from formwright.search.front import Front
+from formwright.search.slim import Search, label
 from formwright.search.workspace import Workspace
 
 
@@ -161,12 +165,37 @@ def test_a_workspace_keeps_results_once(tmp_path: Path) -> None:
     assert Search.__doc__
 
 
+def test_precision_leaves_alone_what_it_costs_most(tickets: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """As few layers as keep enough, the dearest first; a dropped one among them is no error; they stay float."""
+    model, made = small.classifier(), task(tickets)
+    made.bind(model)
+    recipe = {"keep": 0.9, "target": "size", "shape": "encode:2x8", "minutes": 1.0, "seed": 0, "strict": False}
+    precision = [{"surgery": "llm-int8", "options": {}}]
+    with Workspace(tmp_path / "run", recipe, resume=False) as space:
+        search = Search(model, made, space, Crew(), lambda line: None, lambda **state: None)
+        items = [item.id for item in model.residuals()]
+        measured = search.bench.spared(items[:2], precision)
+        assert list(measured) == items[:2] and all(abs(loss) <= 1.0 for loss in measured.values())
+        lost = {item: 1.0 - 0.1 * number for number, item in enumerate(items)}  # the last brings most back
+        monkeypatch.setattr(search.bench, "spared", lambda asked, moves: lost)
+        tried = []
+
+        def candidate(key: str, model: Any, drops: Any, healed: int, moves: Any, steps: Any) -> Any:
+            tried.append((key, moves[0]["spared"]))
+            return SimpleNamespace(accepted=len(tried) == 2)
+
+        monkeypatch.setattr(search, "candidate", candidate)
+        found = search.spare(precision)
+        assert tried == [("precise/1", [items[-1]]), ("precise/2", [items[-1], items[-2]])]
+        precise = search.bench.precise(search.bench.cut([items[-1]]), found)
+    kinds = {address.partition(":")[0]: kind_of(slot) for address, slot in precise.slots().items()}
+    assert kinds[items[-2]] == "dense" and kinds[items[0]] == "int8"
+    assert label([], 0, found) == f"int8 but {items[-1]}, {items[-2]}"
+
+
 @pytest.mark.parametrize(("spread", "written"), [(0.02, "fast"), (0.30, "good")])
 def test_times_within_their_noise_are_one_time(spread: float, written: str) -> None:
     """2 % apart: told apart at a spread of 2 %, not at 30 %; then the better one on select is written."""
-    from types import SimpleNamespace
-
-    from formwright.search.front import Front
 
     def point(name: str, speed: float, select: float, accepted: bool = True) -> dict[str, Any]:
         row = {"name": name, "speed": speed, "kept": select, "select": select, "accepted": accepted}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from formwright.search import evidence
-from formwright.search.moves import drop_plan, losses
+from formwright.search.moves import drop_plan, losses, sparing, within
 from formwright.surgery import apply, copy
 
 #: Calibrate texts that distances are taken on, and that precision moves may run.
@@ -52,7 +52,7 @@ class Bench:
         """A copy of a model with the chosen precision moves applied; healing happens before, in float."""
         made = copy(model, share=True)
         for step in precision:
-            apply(made, step["surgery"], self.probes or None, **step["options"])
+            apply(made, step["surgery"], self.probes or None, **within(made, step))
         return made
 
     def healed(
@@ -109,3 +109,12 @@ class Bench:
         """The share of the metric on calibrate that is lost when each item alone is dropped."""
         model = self.precise(self.original, precision)
         return losses(model, items, lambda made: self.task.score(made, "calibrate").value, self.share)
+
+    def spared(self, items: list[str], precision: list[dict[str, Any]]) -> dict[str, float]:
+        """The share of the metric on calibrate that is lost by the precision moves when each item alone is left out."""
+        base = self.task.score(self.original, "calibrate").value
+        found = {}
+        for item in items:
+            made = self.precise(self.original, sparing(precision, [item]))
+            found[item] = 1.0 - self.share(self.task.score(made, "calibrate").value, base)
+        return found

@@ -46,6 +46,25 @@ def drop_plan(model: Any, items: list[str]) -> Plan:
     return by.made(model, {"drop": len(items)}, {"drop": items})
 
 
+def sparing(precision: list[dict[str, Any]], items: list[str]) -> list[dict[str, Any]]:
+    """The same precision moves, of which those that can leave ``items`` as they are."""
+    made = []
+    for step in precision:
+        options = surgery(step["surgery"]).sparing(step["options"], items) if items else None
+        made.append(
+            step if options is None else {**step, "options": options, "whole": step["options"], "spared": items}
+        )
+    return made
+
+
+def within(model: Any, step: dict[str, Any]) -> dict[str, Any]:
+    """The options of a precision move for a model that may lack some of the items that are spared."""
+    if "spared" not in step:
+        return step["options"]
+    present = [id for id in step["spared"] if not model.item(id).dropped]
+    return (surgery(step["surgery"]).sparing(step["whole"], present) if present else None) or step["whole"]
+
+
 def price(
     original: Any, current: Any, gains: dict[str, float], texts: list[str], without: set[str], tokens: int = 128
 ) -> list[Move]:

@@ -29,7 +29,7 @@ from formwright.search.bench import Bench
 from formwright.search.chain import Chain
 from formwright.search.crew import Crew, hire
 from formwright.search.front import FINALISTS, Candidate, Front
-from formwright.search.moves import cost
+from formwright.search.moves import cost, sparing
 from formwright.search.workspace import Workspace
 from formwright.surgery import surgery
 from formwright.surgery.base import Plan
@@ -193,13 +193,33 @@ class Search:
         precision = self.choose_precision()
         self.candidate("original", self.original, [], 0, [], None)
         if precision:
-            self.candidate("precise", self.original, [], 0, precision, None)
+            made = self.candidate("precise", self.original, [], 0, precision, None)
+            precision = precision if made.accepted else self.spare(precision)
         if self.bench.texts:
             self.crew.take(self.bench)
             Chain(self, precision).run()
         else:
             self.say("the task has no texts to heal on, so only precision moves were tried")
         return Front(self).run()
+
+    def spare(self, precision: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Precision layer by layer, where all layers together lose too much: as few as keep enough stay as they are.
+
+        Ranked by what the metric on calibrate has back when a layer alone is left out, and tried twice as many each
+        time. Where half of them are not enough the moves come back as they were: healing may make up for it.
+        """
+        items = [item.id for item in self.original.residuals()]
+        if not self.bench.texts or sparing(precision, items) == precision:
+            return precision
+        lost = self.space.once("spared", lambda: {"loss": self.bench.spared(items, precision)})["loss"]
+        order = sorted(items, key=lambda item: lost[item])
+        count = 1
+        while count <= len(order) // 2:
+            trial = sparing(precision, order[:count])
+            if self.candidate(f"precise/{count}", self.original, [], 0, trial, None).accepted:
+                return trial
+            count *= 2
+        return precision
 
     def prepare(self) -> None:
         score = self.score(self.original, "select", "original")

@@ -163,6 +163,10 @@ class Surgery:
         cheaper; empty for surgeries that need healing or do something else."""
         return []
 
+    def sparing(self, options: dict[str, Any], items: list[str]) -> dict[str, Any] | None:
+        """The options of such a move that leave ``items`` as they are; None for a surgery without that knob."""
+        return None
+
     def made(self, model: Any, options: dict[str, Any], decisions: dict[str, Any], **tensors: Tensor) -> Plan:
         """A plan for ``model`` with this surgery's name and version."""
         return Plan(self.name, self.version, options, decisions, tensors, layout_fingerprint(model))

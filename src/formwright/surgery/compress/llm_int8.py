@@ -78,7 +78,12 @@ class LLMInt8(Surgery):
         return [{"embeddings": "int8"}] if target in ("size", "memory") else [{}]
 
     def short(self, plan: Plan) -> str:
-        return "int8 and embeddings" if plan.options.get("embeddings") else "int8"
+        kept = plan.options.get("keep")
+        name = "int8 and embeddings" if plan.options.get("embeddings") else "int8"
+        return f"{name} but {', '.join(kept)}" if kept else name
+
+    def sparing(self, options: dict[str, Any], items: list[str]) -> dict[str, Any]:
+        return {**options, "keep": [*options.get("keep", ()), *items]}
 
     def promises(self, plan: Plan) -> Promises:
         calibrated = plan.options.get("outliers", "calibrated") == "calibrated" and plan.options.get("threshold", 6.0)
