@@ -130,9 +130,9 @@ to the last bit. A pair that makes no sense is refused before any work, with the
 
 BENCHMARKS = """# Benchmarks
 
-Contenders alternate in one run with one thread budget, each in a process of its own; agreement with the float32
-reference is checked before anything is timed. A ratio above 1 is faster, by medians; beside it by the best rounds, and
-the spread of the rounds. The fastest comes first, and what could not run says why.
+The contenders of a shape alternate in one run with one thread budget, each in a process of its own; agreement with the
+float32 reference is checked before anything is timed. A ratio above 1 is faster, by medians; beside it by the best
+rounds, and the spread of the rounds. The fastest comes first, and what could not run says why.
 
 *Encode* is all-MiniLM-L6-v2 on the same ids in the same batches: *full* is 32 rows of 128 tokens, *natural* 1,000
 documents of `retrieval/stdlib` sorted by length, 32 a batch, *single* one query. Cosine is the mean to the float32
