@@ -20,7 +20,7 @@ import small
 from formwright.ops import int8_linear as op
 from formwright.ops import native
 from formwright.ops.attention import attention_reference, packed_attention
-from formwright.ops.attention.native import packed_attention_native
+from formwright.ops.attention.native import Heads, packed_attention_native
 from formwright.ops.int8_linear.native import ACTIVATIONS, NativeWeight, Tail, Term, attention, linear, mlp
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the compiled ops were not built on this machine")
@@ -192,7 +192,7 @@ def test_a_whole_attention_sublayer_is_its_steps(
     mixed = packed_attention_native(q, k, v, spans, 0.3, causal)
     assert mixed is not None
     wanted = linear(mixed.reshape(rows, -1), [out], tail)[0]
-    assert torch.equal(attention(x, terms, out, spans, width, 0.3, causal, tail), wanted)
+    assert torch.equal(attention(x, terms, out, Heads(spans, width, 0.3, causal), tail), wanted)
 
 
 def test_attention_takes_strided_rows_and_passes_nan() -> None:

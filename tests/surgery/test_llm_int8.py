@@ -94,7 +94,7 @@ def test_planted_outliers_are_found_and_kept_in_float(levels: int | None, monkey
     for address, found in plan.decisions["slots"].items():
         if address.endswith((":q", ":k", ":v", ":up")):
             assert set(found) <= set(columns) and len(found) >= 4
-    assert plain > 10 * calibrated and 2 * by_batch > 4 * calibrated
+    assert plain > 10 * calibrated and plain > 1.5 * by_batch and by_batch > 2 * calibrated
     if levels == 64:
         assert plain > 2 * by_batch
     # At 127 levels only half as much is lost of the inputs, while weights keep their error: a ratio of 1.91 is seen.

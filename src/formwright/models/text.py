@@ -117,12 +117,7 @@ class TextFace:
 @contextmanager
 def reading(model: Any) -> Iterator[None]:
     """Inside, ``model`` is evaluated and keeps no gradient; every module is left in the mode it was in."""
-    training, rest = [], [model]
-    while rest:  # by hand: ``modules()`` takes longer than a layer does on a short text
-        module = rest.pop()
-        if module.training:
-            training.append(module)
-        rest += [child for child in module._modules.values() if child is not None]
+    training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
     try:

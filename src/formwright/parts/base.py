@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from formwright.ops.attention.native import Heads
 from formwright.parts.context import EMPTY, Context, keyed_generator
 
 
@@ -154,16 +155,7 @@ class LinearLike(nn.Module):
         return None
 
     @classmethod
-    def attention(
-        cls,
-        slots: list[LinearLike],
-        x: Tensor,
-        spans: list[tuple[int, int]],
-        head_width: int,
-        scale: float,
-        causal: bool,
-        tail: Tail,
-    ) -> Tensor | None:
+    def attention(cls, slots: list[LinearLike], x: Tensor, heads: Heads, tail: Tail) -> Tensor | None:
         """Plain softmax attention of packed documents and the tail at once, for slots q, k, v and o of this class; None
         where it has no such form for them."""
         return None

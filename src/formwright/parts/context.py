@@ -149,7 +149,7 @@ class Context:
 
     def at(self, name: str) -> Context:
         """The same context one level further in: state, notes and noise are keyed by the path."""
-        inner = object.__new__(Context)  # once a sublayer and call, where ``replace`` would take five times as long
+        inner = object.__new__(Context)  # once a sublayer and call, where ``replace`` takes seven times as long
         inner.__dict__.update(self.__dict__, path=f"{self.path}.{name}" if self.path else name)
         return inner
 

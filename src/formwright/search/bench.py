@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from formwright.search import evidence
-from formwright.search.moves import drop_plan, losses, sparing, within
+from formwright.search.moves import drop_plan, losses, options_of, sparing
 from formwright.surgery import apply, copy
 
 #: Calibrate texts that distances are taken on, and that precision moves may run.
@@ -52,7 +52,7 @@ class Bench:
         """A copy of a model with the chosen precision moves applied; healing happens before, in float."""
         made = copy(model, share=True)
         for step in precision:
-            apply(made, step["surgery"], self.probes or None, **within(made, step))
+            apply(made, step["surgery"], self.probes or None, **options_of(step, made))
         return made
 
     def healed(

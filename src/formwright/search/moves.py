@@ -47,22 +47,15 @@ def drop_plan(model: Any, items: list[str]) -> Plan:
 
 
 def sparing(precision: list[dict[str, Any]], items: list[str]) -> list[dict[str, Any]]:
-    """The same precision moves, of which those that can leave ``items`` as they are."""
-    made = []
-    for step in precision:
-        options = surgery(step["surgery"]).sparing(step["options"], items) if items else None
-        made.append(
-            step if options is None else {**step, "options": options, "whole": step["options"], "spared": items}
-        )
-    return made
+    """The same precision moves; those that can leave ``items`` as they are."""
+    able = [surgery(step["surgery"]).sparing(step["options"], items) is not None for step in precision]
+    return [{**step, "spared": items} if can else step for step, can in zip(precision, able)]
 
 
-def within(model: Any, step: dict[str, Any]) -> dict[str, Any]:
-    """The options of a precision move for a model that may lack some of the items that are spared."""
-    if "spared" not in step:
-        return step["options"]
-    present = [id for id in step["spared"] if not model.item(id).dropped]
-    return (surgery(step["surgery"]).sparing(step["whole"], present) if present else None) or step["whole"]
+def options_of(step: dict[str, Any], model: Any = None) -> dict[str, Any]:
+    """The options of a precision move with what it spares; for a model that may lack some of that, what it has."""
+    spared = [id for id in step.get("spared", ()) if model is None or not model.item(id).dropped]
+    return (surgery(step["surgery"]).sparing(step["options"], spared) if spared else None) or step["options"]
 
 
 def price(

@@ -29,7 +29,7 @@ from formwright.search.bench import Bench
 from formwright.search.chain import Chain
 from formwright.search.crew import Crew, hire
 from formwright.search.front import FINALISTS, Candidate, Front
-from formwright.search.moves import cost, sparing
+from formwright.search.moves import cost, options_of, sparing
 from formwright.search.workspace import Workspace
 from formwright.surgery import surgery
 from formwright.surgery.base import Plan
@@ -248,7 +248,7 @@ def label(drops: list[str], healed: int, precision: list[dict[str, Any]]) -> str
         pieces.append(f"heal {healed} steps")
     for step in precision:
         named = surgery(step["surgery"])
-        pieces.append(named.short(Plan(step["surgery"], named.version, step["options"])))
+        pieces.append(named.short(Plan(step["surgery"], named.version, options_of(step))))
     return " · ".join(pieces) or "original"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_float, c_int, c_int64, c_void_p
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,30 +27,43 @@ class Call(ctypes.Structure):
     )
 
 
-def suits(width: int, spans: Sequence[tuple[int, int]]) -> bool:
-    """Whether the kernel takes heads of this width and documents of these lengths, on this machine."""
-    made = native.library()
-    return width % 16 == 0 and bool(made.fw_attention_ready()) and max(b - a for a, b in spans) <= LONGEST
+class Heads(NamedTuple):
+    """Plain softmax attention of packed documents, beside its tensors; ``spans`` in order, covering 0 .. T."""
+
+    spans: Sequence[tuple[int, int]]
+    width: int
+    scale: float
+    causal: bool
+
+    def suit(self) -> bool:
+        """Whether the kernel takes heads of this width and documents of these lengths, on this machine."""
+        ready = self.width % 16 == 0 and bool(native.library().fw_attention_ready())
+        return ready and max(stop - start for start, stop in self.spans) <= LONGEST
+
+    def call(self, heads: int, groups: int) -> Call:
+        """What the kernel is told, without tensors."""
+        offsets = (c_int64 * (len(self.spans) + 1))(0, *[stop for _, stop in self.spans])
+        made = Call(
+            None, None, None, None, 0, 0, 0, ctypes.addressof(offsets),
+            len(self.spans), heads, groups, self.width, self.scale, self.causal,
+        )  # fmt: skip
+        made.held = offsets  # a pointer keeps nothing alive
+        return made
 
 
 def packed_attention_native(
     q: Tensor, k: Tensor, v: Tensor, spans: Sequence[tuple[int, int]], scale: float, causal: bool
 ) -> Tensor | None:
-    """q (1, T, H, D), k and v (1, T, G, D) -> (1, T, H, D), or None where the kernel does not apply.
-
-    ``spans`` follow one another and cover 0 .. T.
-    """
+    """q (1, T, H, D), k and v (1, T, G, D) -> (1, T, H, D), or None where the kernel does not apply."""
     width = q.shape[-1]
-    if not native.usable(q, k, v) or v.shape[-1] != width or q.shape[1] == 0 or not suits(width, spans):
+    heads = Heads(spans, width, scale, causal)
+    if not native.usable(q, k, v) or v.shape[-1] != width or q.shape[1] == 0 or not heads.suit():
         return None
     if any(t.stride(-1) != 1 or t.stride(2) != width for t in (q, k, v)) or k.stride(1) != v.stride(1):
         return None
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
-    offsets = (c_int64 * (len(spans) + 1))(spans[0][0], *(stop for _, stop in spans))
-    call = Call(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr(),
-        q.stride(1), k.stride(1), y.stride(1), ctypes.addressof(offsets),
-        len(spans), q.shape[2], k.shape[2], width, scale, causal,
-    )  # fmt: skip
+    call = heads.call(q.shape[2], k.shape[2])
+    call.q, call.k, call.v, call.y = q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr()
+    call.q_row, call.kv_row, call.y_row = q.stride(1), k.stride(1), y.stride(1)
     native.library().fw_attention_packed(ctypes.byref(call), torch.get_num_threads())
     return y

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from formwright.ops import native as library
-from formwright.ops.attention.native import suits
+from formwright.ops.attention.native import Heads
 from formwright.ops.int8_linear.native import ACTIVATIONS, NativeWeight, Tail, Term, attention, linear, mlp
 from formwright.ops.int8_linear.products import Product, onednn_levels, route
 from formwright.ops.int8_linear.reference import (
@@ -40,6 +40,7 @@ from formwright.registry import Paper, register
 
 __all__ = [
     "SCHEMES",
+    "Heads",
     "Packed",
     "Product",
     "Quantized",
@@ -294,11 +295,8 @@ def int8_attention(
     x: Tensor,
     packs: Sequence[Packed],
     biases: Sequence[Tensor | None],
-    spans: Sequence[tuple[int, int]],
+    heads: Heads,
     *,
-    head_width: int,
-    scale: float,
-    causal: bool,
     scheme: Scheme = SCHEMES["vector"],
     tail: Tail | None = None,
 ) -> Tensor | None:
@@ -309,10 +307,10 @@ def int8_attention(
     others = () if tail is None else tail[:3]
     if x.shape[1] == 0 or packs[0].left_out != packs[1].left_out or packs[0].left_out != packs[2].left_out:
         return None
-    if not compiled(x, packs, scheme, *biases, *others) or not suits(head_width, spans):
+    if not compiled(x, packs, scheme, *biases, *others) or not heads.suit():
         return None
     terms = [packed.term(bias) for packed, bias in zip(packs, biases)]
-    y = attention(x[0].contiguous(), terms[:3], terms[3], spans, head_width, scale, causal, _flat(tail))
+    y = attention(x[0].contiguous(), terms[:3], terms[3], heads, _flat(tail))
     return y[None]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from formwright.ops import native
-from formwright.ops.attention.native import Call
+from formwright.ops.attention.native import Call, Heads
 
 #: Activations that are applied to a product while it is in registers, by the library's numbers.
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu-tanh": 2, "relu": 3, "silu": 4}
@@ -112,24 +112,10 @@ def mlp(x: Tensor, up: Term, down: Term, activation: str, tail: Tail | None = No
     return y
 
 
-def attention(
-    x: Tensor,
-    projections: Sequence[Term],
-    out: Term,
-    spans: Sequence[tuple[int, int]],
-    width: int,
-    scale: float,
-    causal: bool,
-    tail: Tail | None = None,
-) -> Tensor:
-    """out(softmax(q k^T) v) for x (T, K) contiguous and the terms of q, k and v, in heads of ``width``; the documents
-    ``spans`` follow one another and cover 0 .. T."""
+def attention(x: Tensor, projections: Sequence[Term], out: Term, heads: Heads, tail: Tail | None = None) -> Tensor:
+    """out(softmax(q k^T) v) for x (T, K) contiguous and the terms of q, k and v."""
     q, k = projections[0].out, projections[1].out
-    offsets = (c_int64 * (len(spans) + 1))(0, *[stop for _, stop in spans])
-    shape = Call(
-        None, None, None, None, 0, 0, 0, ctypes.addressof(offsets),
-        len(spans), q // width, k // width, width, scale, causal,
-    )  # fmt: skip
+    shape = heads.call(q // heads.width, k // heads.width)
     room, y = x.new_empty(2 * x.shape[0] * (q + k)), x.new_empty(x.shape[0], out.out)
     _library().fw_int8_attention(
         (_Weight * 3)(*[term.pointers for term in projections]), out.pointers, shape,

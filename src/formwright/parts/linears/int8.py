@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from formwright.kit.errors import SpecError
 from formwright.ops import int8_linear as op
+from formwright.ops.attention.native import Heads
 from formwright.ops.int8_linear import (
     Packed,
     dequantize_weight,
@@ -184,16 +185,7 @@ class Int8Linear(LinearLike):
         )
 
     @classmethod
-    def attention(
-        cls,
-        slots: list[LinearLike],
-        x: Tensor,
-        spans: list[tuple[int, int]],
-        head_width: int,
-        scale: float,
-        causal: bool,
-        tail: Tail,
-    ) -> Tensor | None:
+    def attention(cls, slots: list[LinearLike], x: Tensor, heads: Heads, tail: Tail) -> Tensor | None:
         held: list[Any] = slots
         scheme = held[0].scheme
         if any(slot.threshold or slot.scheme != scheme for slot in held):
@@ -202,10 +194,7 @@ class Int8Linear(LinearLike):
             x,
             [slot.packed() for slot in held],
             [slot.bias for slot in held],
-            spans,
-            head_width=head_width,
-            scale=scale,
-            causal=causal,
+            heads,
             scheme=scheme_named(scheme),
             tail=_tail(tail),
         )

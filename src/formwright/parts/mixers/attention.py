@@ -17,6 +17,7 @@ from torch import Tensor
 
 from formwright.kit.errors import SpecError, unknown
 from formwright.ops.attention import attention, attention_reference, blocks, packed_attention
+from formwright.ops.attention.native import Heads
 from formwright.parts.base import (
     Cost,
     LinearLike,
@@ -188,7 +189,7 @@ class Attention(Part):
         if any(type(slot) is not kind for slot in slots):
             return None
         scale = self.head_width**-0.5 if self.scale is None else self.scale
-        return kind.attention(slots, x, ctx.spans(), self.head_width, scale, rule.causal, tail)
+        return kind.attention(slots, x, Heads(ctx.spans(), self.head_width, scale, rule.causal), tail)
 
     def _mixed(self, x: Tensor, ctx: Context) -> Tensor:
         """(B, L, H, D): what ``o`` reads."""
