@@ -244,7 +244,7 @@ def cli_page() -> str:
 
 
 def promises(kind: str, name: str) -> list[str]:
-    """causal, streams, packed, gradient over the examples of a part."""
+    """causal, streams, packed, gradient, growth over the examples of a part."""
     target = registry.resolve(kind, name)
     with torch.device("meta"):
         traits = [make_part({"part": f"{kind}:{name}", **options}, WIDTH).traits for options in target.examples]
@@ -252,7 +252,8 @@ def promises(kind: str, name: str) -> list[str]:
     for trait in ("causal", "streams", "packed"):
         values = {getattr(held, trait) for held in traits}
         found.append("by options" if len(values) > 1 else "yes" if values == {True} else "no")
-    return [*found, ", ".join(sorted({held.gradient for held in traits}))]
+    lists = (sorted({getattr(held, trait) for held in traits}) for trait in ("gradient", "growth"))
+    return [*found, *(", ".join(values) for values in lists)]
 
 
 def paper(entry: registry.Entry) -> str:
@@ -274,7 +275,7 @@ def catalog_page() -> str:
         columns, layers = ["name", "what it is", "paper"], kind in registry.LAYER_KINDS
         rows = [[f"`{entry.name}`", cell(entry.summary), cell(paper(entry))] for entry in named]
         if layers:
-            columns += ["causal", "streams", "packed", "gradient"]
+            columns += ["causal", "streams", "packed", "gradient", "growth"]
             rows = [row + promises(kind, entry.name) for row, entry in zip(rows, named)]
         text += [f"## {kind}", "", f"{KINDS[kind]} ({len(named)})", "", table(columns, rows), ""]
     return "\n".join(text).rstrip() + "\n"

@@ -265,8 +265,9 @@ def test_recompute_is_silent(case: Case) -> None:
 
 @each("growth", *LAYER_KINDS, only=lambda part: part.traits.length == "any")
 def test_memory_grows_no_faster_than_length(case: Case) -> None:
-    """No tensor of length x length is ever made; products grow as the stated cost does."""
+    """No tensor of length x length is ever made; products grow as the stated cost does, and that as declared."""
     part = case.build(torch.float32)
+    most = {"linear": 2.0, "n log n": 2.0 * 12 / 11, "n sqrt n": 2.0**1.5, "quadratic": 4.0}[part.traits.growth]
     peaks, macs = [], []
     for length in (2048, 4096):
         x = draw(1, length, WIDTH, dtype=torch.float32)
@@ -278,9 +279,7 @@ def test_memory_grows_no_faster_than_length(case: Case) -> None:
         peaks.append(counted.peak)
         macs.append(counted.macs)
     assert peaks[1] <= 2.2 * peaks[0]
-    windowed = any(slot.kind == "window" for slot in part.slots().values())
-    if windowed:
-        assert macs[1] <= 2.2 * macs[0]
+    assert macs[1] <= 1.08 * most * macs[0]
 
 
 @each("meta", *LAYER_KINDS)

@@ -27,6 +27,7 @@ class Traits:
     lookahead: how many later tokens an output waits for. gradient: ``exact`` (double-precision check), ``piecewise``,
     ``surrogate`` or ``none``. statistics: keeps running statistics while training. selects: may drop tokens. packed:
     takes the packed layout itself (others are unpacked around). length: "any", or the longest length it can take.
+    growth: how multiply-accumulates grow with the length, from a few blocks of the method on.
     """
 
     causal: bool = False
@@ -37,6 +38,7 @@ class Traits:
     selects: bool = False
     packed: bool = True
     length: int | Literal["any"] = "any"
+    growth: Literal["linear", "n log n", "n sqrt n", "quadratic"] = "linear"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from formwright.registry import register
 def _joined(parts: list[Part], lookahead: int) -> Traits:
     """What holds for all of them holds for the whole."""
     order = ("exact", "piecewise", "surrogate", "none")
+    growth = ("linear", "n log n", "n sqrt n", "quadratic")
     lengths = [p.traits.length for p in parts if p.traits.length != "any"]
     return Traits(
         causal=all(p.traits.causal for p in parts),
@@ -29,6 +30,7 @@ def _joined(parts: list[Part], lookahead: int) -> Traits:
         selects=any(p.traits.selects for p in parts),
         packed=all(p.traits.packed for p in parts),
         length=min(lengths) if lengths else "any",  # type: ignore[type-var]
+        growth=max((p.traits.growth for p in parts), key=growth.index),
     )
 
 

@@ -124,7 +124,8 @@ class Attention(Part):
         self.q_norm = norm[qk_norm](head, qk_norm_eps) if qk_norm else None
         self.k_norm = norm[qk_norm](head, qk_norm_eps) if qk_norm else None
         streams = causal or memory is not None
-        self.traits = Traits(causal=streams, streams=streams, packed=memory is None)
+        growth: Literal["linear", "quadratic"] = "quadratic" if memory is None and window is None else "linear"
+        self.traits = Traits(causal=streams, streams=streams, packed=memory is None, growth=growth)
         self.axes = {
             "q": ("heads*head", "stream"),
             "k": ("kv_heads*head", "memory" if memory else "stream"),
