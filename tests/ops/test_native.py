@@ -21,7 +21,7 @@ from formwright.ops import int8_linear as op
 from formwright.ops import native
 from formwright.ops.attention import attention_reference, packed_attention
 from formwright.ops.attention.native import Heads, packed_attention_native
-from formwright.ops.int8_linear.native import ACTIVATIONS, NativeWeight, Tail, Term, attention, linear, mlp
+from formwright.ops.int8_linear.native import ACTIVATIONS, NativeWeight, Norm, Step, Tail, Term, linear
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the compiled ops were not built on this machine")
 LEVELS = range(1 + native.LEVELS.index(native.level() or "portable"))
@@ -87,6 +87,13 @@ def test_undefined_rows_stay_undefined_and_alone(level: str) -> None:
     y = linear(x, [Term(laid_out(5, 20)[0], bias)])[0]
     assert torch.equal(y[1], bias) and torch.isnan(y[2]).all() and not torch.isfinite(y[3]).any()
     assert torch.isfinite(y[[0, 1, 4, 5]]).all()
+
+
+def mlp(x: torch.Tensor, up: Term, down: Term, activation: str, tail: Tail | None = None) -> torch.Tensor:
+    """down(activation(up(x))) and the tail, as one compiled step."""
+    norm = None if tail is None or tail.gain is None else Norm(tail.gain, tail.shift, tail.eps)
+    step = Step(None, [up, down], norm, joins=tail is not None, activation=activation)
+    return Step.run((step,), x, [], None if tail is None else tail.residual)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -192,7 +199,21 @@ def test_a_whole_attention_sublayer_is_its_steps(
     mixed = packed_attention_native(q, k, v, spans, 0.3, causal)
     assert mixed is not None
     wanted = linear(mixed.reshape(rows, -1), [out], tail)[0]
-    assert torch.equal(attention(x, terms, out, Heads(spans, width, 0.3, causal), tail), wanted)
+    norm = Norm(gain, tail.shift, 1e-5) if normed else None
+    attends = Step(None, [*terms, out], norm, heads=Heads(width, 0.3, causal))
+    assert torch.equal(Step.run((attends,), x, spans, residual), wanted)
+    # Behind it, others: each adds what it reads.
+    up, down = Term(laid_out(90, 40, seed)[0], drawn(90)), Term(laid_out(40, 90, seed)[0], drawn(40))
+    thinks = Step(None, [up, down], norm, activation="gelu")
+    wanted = attends.run((attends,), mlp(wanted, up, down, "gelu", tail._replace(residual=wanted)), spans)
+    assert torch.equal(Step.run((attends, thinks, attends), x, spans, residual), wanted)
+
+
+def test_a_step_takes_any_leading_axes(level: str) -> None:
+    x, residual = drawn(3, 5, 24), drawn(3, 5, 40, seed=1)
+    up, down = Term(laid_out(90, 24)[0], drawn(90)), Term(laid_out(40, 90)[0], drawn(40))
+    wanted = mlp(x.view(15, 24), up, down, "gelu", Tail(residual.view(15, 40)))
+    assert torch.equal(mlp(x, up, down, "gelu", Tail(residual)), wanted.view(3, 5, 40))
 
 
 def test_attention_takes_strided_rows_and_passes_nan() -> None:

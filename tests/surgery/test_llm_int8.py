@@ -178,13 +178,13 @@ def test_projections_of_one_input_share_its_integers(monkeypatch: pytest.MonkeyP
 
     model = int8(decoder(layers=1))
     calls = []
-    prepare, linear, mlp = op.prepare, op.linear, op.mlp
+    prepare, linear, run = op.prepare, op.linear, op.Step.run
     monkeypatch.setattr(op, "prepare", lambda *args: calls.append("prepare") or prepare(*args))
     monkeypatch.setattr(op, "linear", lambda *args: calls.append("linear") or linear(*args))
-    monkeypatch.setattr(op, "mlp", lambda *args: calls.append("mlp") or mlp(*args))
+    monkeypatch.setattr(op.Step, "run", staticmethod(lambda *args: calls.append("step") or run(*args)))
     logits(model)
     # q, k and v together; o; up; down, which may be one
-    assert calls in (["prepare"] * 4, ["linear", "linear", "mlp"])
+    assert calls in (["prepare"] * 4, ["linear", "linear", "step"])
     part = model.item("b0.attention").part
     x = torch.randn(5, 48)
     together = Int8Linear.project([part.q, part.k, part.v], x, None)

@@ -8,14 +8,14 @@ residual becomes the identity, a post-norm one keeps its norm, and no other name
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from formwright.kit.errors import SpecError
-from formwright.parts.base import Cost, Part, Shape, Tail, cost_sum
+from formwright.parts.base import Cost, Part, Shape, Step, Tail, cost_sum
 from formwright.parts.context import Context
 
 Order = Literal["pre", "post", "sandwich"]
@@ -32,6 +32,10 @@ class Item(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> tuple[Tensor, Context]:
         raise NotImplementedError
+
+    def step(self, ctx: Context) -> Step | None:
+        """This item as one step that can run together with its neighbours; None where it has no such form now."""
+        return None
 
     def held(self) -> Iterator[Item]:
         """Items inside this one."""
@@ -130,7 +134,9 @@ class Residual(Item):
             y = repacked(part, seen, inner)
         else:
             if plain and norm_out is None and not inner.wants("output"):
-                tail = Tail(x, norm if post else None)
+                step, tail = part.step(inner, norm if post else None), Tail(x, norm if post else None)
+                if step is not None and step.takes(x):
+                    return step.run((step,), seen, inner.spans() if inner.offsets is not None else [], x), ctx
                 if part.finishes(tail):
                     return part(seen, inner, tail), ctx
             y = part(seen, inner)
@@ -141,6 +147,15 @@ class Residual(Item):
         if post and norm is not None:
             x = norm(x)
         return x, ctx
+
+    def step(self, ctx: Context) -> Step | None:
+        part = self.part
+        if part is None or self.order != "post" or self.norm_out is not None or ctx.notes is not None:
+            return None
+        # Who hooks into an item or a part wants it to be called.
+        if self._forward_hooks or self._forward_pre_hooks or part._forward_hooks or part._forward_pre_hooks:
+            return None
+        return part.step(ctx, self.norm) if getattr(self.combine, "plain", False) else None
 
     def cost(self, shape: Shape) -> Cost:
         held = [m for m in (self.part, self.norm, self.norm_out, self.combine) if m is not None and hasattr(m, "cost")]
@@ -231,8 +246,7 @@ class Loop(Item, ItemList):
             raise SpecError(f"{self.id}: knob loops is a whole number of at least 1, not {rounds!r}")
         for index in range(rounds):
             inner = ctx.at(f"{self.local}@{index}")
-            for item in self.items():
-                x, inner = item(x, inner)
+            x, inner = run(self.items(), x, inner)
             ctx = inner.replace(path=ctx.path)
         return x, ctx
 
@@ -265,9 +279,7 @@ class Use(Item):
         return self.shared.items()
 
     def forward(self, x: Tensor, ctx: Context) -> tuple[Tensor, Context]:
-        inner = ctx.at(self.local)
-        for item in self.shared.items():
-            x, inner = item(x, inner)
+        x, inner = run(self.shared.items(), x, ctx.at(self.local))
         return x, inner.replace(path=ctx.path)
 
     def cost(self, shape: Shape) -> Cost:
@@ -306,6 +318,20 @@ class Join(Item):
 
     def cost(self, shape: Shape) -> Cost:
         return self.combine.cost(shape)  # type: ignore[operator]
+
+
+def run(items: Iterable[Item], x: Tensor, ctx: Context) -> tuple[Tensor, Context]:
+    """``x`` and ``ctx`` through ``items``; neighbours that have the form of steps run together."""
+    together: list[Step] = []
+    for item in items:
+        step = item.step(ctx) if ctx.offsets is not None else None
+        if step is not None and (type(step) is type(together[0]) if together else step.takes(x)):
+            together.append(step)
+            continue
+        if together:
+            x, together = together[0].run(together, x, ctx.spans()), []
+        x, ctx = item(x, ctx)
+    return (together[0].run(together, x, ctx.spans()) if together else x), ctx
 
 
 def run_cost(items: Iterator[Item], shape: Shape) -> tuple[Cost, Shape]:

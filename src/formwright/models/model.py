@@ -9,6 +9,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from formwright.kit.errors import DataError, FormwrightError, Refusal, SpecError, unknown
 from formwright.models.batch import EMPTY, Batch
 from formwright.models.build import Builder
-from formwright.models.items import Item, ItemList, Reshape, Residual, describe, run_cost, walk
+from formwright.models.items import Item, ItemList, Reshape, Residual, describe, run, run_cost, walk
 from formwright.models.text import TextFace
 from formwright.parts.base import (
     Cost,
@@ -226,7 +227,7 @@ class Model(TextFace, ItemList):
 
     @property
     def device(self) -> torch.device:
-        return next((t.device for t in (*self.parameters(), *self.buffers())), torch.device("cpu"))
+        return next((t.device for t in chain(self.parameters(), self.buffers())), torch.device("cpu"))
 
     def knobs(self) -> dict[str, str]:
         """Run-time choices its parts and items understand, with their meaning."""
@@ -305,9 +306,7 @@ class Model(TextFace, ItemList):
                         else SpecError(unknown("item", id, places))
                     )
             items = items[places.get(start, 0) if start else 0 : places[stop] if stop else len(items)]
-        for item in items:
-            x, ctx = item(x, ctx)
-        return x, ctx
+        return run(items, x, ctx)
 
     def read(self, x: Tensor, ctx: Context, head: str | None = None) -> Any:
         """The final norm and a head: its tensor, or a dict of all when there are several and none is named."""

@@ -117,7 +117,12 @@ class TextFace:
 @contextmanager
 def reading(model: Any) -> Iterator[None]:
     """Inside, ``model`` is evaluated and keeps no gradient; every module is left in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
+    training, left = [], [model]
+    while left:  # as ``modules`` walks, without the names and the set: this is done for every batch
+        module = left.pop()
+        left += [child for child in module._modules.values() if child is not None]
+        if module.training:
+            training.append(module)
     for module in training:
         module.training = False
     try:

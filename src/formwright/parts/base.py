@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +102,20 @@ class Tail(NamedTuple):
         return self.x + y if self.norm is None else self.norm(self.x + y)
 
 
+class Step(Protocol):
+    """A whole residual sublayer that runs at once, alone or with those that follow it (see :meth:`Part.step`)."""
+
+    @staticmethod
+    def takes(x: Tensor) -> bool:
+        """Whether steps of this kind run on this tensor now."""
+        ...
+
+    @staticmethod
+    def run(steps: Any, x: Tensor, spans: list[tuple[int, int]], residual: Tensor | None = None) -> Tensor:
+        """x through ``steps`` one after another; the first adds ``residual``, the others their own input."""
+        ...
+
+
 class LinearLike(nn.Module):
     """What a slot holds: a map of the last axis, (..., in_features) -> (..., out_features), named by its role.
 
@@ -150,16 +164,16 @@ class LinearLike(nn.Module):
 
     @classmethod
     def perceptron(
-        cls, up: LinearLike, down: LinearLike, activation: str, x: Tensor, tail: Tail | None
-    ) -> Tensor | None:
-        """``down(activation(up(x)))`` and the tail at once, for two slots of this class; None where it has no such
-        form for them."""
+        cls, up: LinearLike, down: LinearLike, activation: str, norm: nn.Module | None, joins: bool
+    ) -> Step | None:
+        """``down(activation(up(x)))`` as one step for two slots of this class, with the residual added and normalised
+        where it ``joins``; None where it has no such form for them."""
         return None
 
     @classmethod
-    def attention(cls, slots: list[LinearLike], x: Tensor, heads: Heads, tail: Tail) -> Tensor | None:
-        """Plain softmax attention of packed documents and the tail at once, for slots q, k, v and o of this class; None
-        where it has no such form for them."""
+    def attention(cls, slots: list[LinearLike], heads: Heads, norm: nn.Module | None) -> Step | None:
+        """A whole attention sublayer of packed documents as one step, for slots q, k, v and o of this class; None where
+        it has no such form for them."""
         return None
 
 
@@ -208,6 +222,11 @@ class Part(nn.Module):
     def slots(self) -> dict[str, Slot]:
         """The state it keeps when streaming; empty for a part without memory."""
         return {}
+
+    def step(self, ctx: Context, norm: nn.Module | None) -> Step | None:
+        """``norm(x + self(x))``, or without the norm, as one step over the packed layout; None where it has no such
+        form now."""
+        return None
 
     def finishes(self, tail: Tail) -> bool:
         """Whether ``forward`` may be given ``tail=`` now, and then returns the stream after the sublayer."""

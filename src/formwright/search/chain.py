@@ -5,7 +5,8 @@ without any training: some sublayers are hardly missed, and a short healing move
 one set of moves is healed for long. How bold it may be is guessed from the steps there is time for: a healed model is
 taken to lose about ``LOSS * cut / sqrt(steps)``, where ``cut`` is the share of the cost that was dropped. A
 set that falls short loses its dearer part, which is put back while everything else stays as healed; one that keeps
-enough is followed by more.
+enough is followed by more. But what only just keeps enough on select falls short on test as often as not, and then all
+its healing was for nothing; so a more careful set is healed first, from where that one was left.
 
 A crew of several (:mod:`formwright.search.crew`) shares the ranking, scores the next few unhealed candidates before it
 is known whether those before them are accepted, and heals as many sets at once as it has workers, for the same time:
@@ -39,6 +40,8 @@ SHARE, GRACE = 0.85, 60.0
 LEAST, ENOUGH = 300, 6000
 #: Moves whose loss of quality is measured by the task's own metric on calibrate, the nearest in distance first.
 MEASURED = 12
+#: Share of its moves that stay in the more careful set behind one that is accepted.
+CAREFUL = 2 / 3
 #: Sets healed beside the guessed one are worth it times two to the power of these: it is uncertain by about that.
 BOLDNESS = (-0.5, 0.5, -1.0, 1.0, -0.25, 0.25, -0.75, 0.75)
 
@@ -115,12 +118,26 @@ class Chain:
             weights, healed, rung = self.model(chosen["key"]), healed + chosen["steps"], chosen["rung"]
             if best is not None:
                 drops += rung
+                self.insure(best["key"], drops, weights, healed, len(kept) + 1)
                 rung = self.take([m for m in order if m not in drops], gains, STEP)
             else:
                 fewer = max(len(rung) * 2 // 3, len(kept) + 1 - len(drops))
                 if not 0 < fewer < len(rung):
                     break
                 rung = rung[:fewer]
+
+    def insure(self, made: str, drops: list[str], weights: Any, healed: int, least: int) -> None:
+        """Behind the accepted set ``made`` of which select is not sure: fewer of its moves, at least ``least``, healed
+        from where it was left."""
+        careful = drops[: max(least, round(len(drops) * CAREFUL))]
+        if len(careful) == len(drops) or self.search.sure(made):
+            return
+        key = f"{made}.careful"
+        if f"heal/{key}" not in self.space.results and self.steps(careful) < LEAST:
+            return
+        self.search.status(now=f"drop {', '.join(careful)} and heal", elapsed=self.space.elapsed)
+        for found in self.heal(key, [], [careful], weights):
+            self.judge(found, [], healed)
 
     # ------------------------------------------------------------------ the order of moves
 
@@ -189,7 +206,7 @@ class Chain:
 
     # ------------------------------------------------------------------ healing
 
-    def heal(self, number: int, drops: list[str], rungs: list[list[str]], weights: Any) -> list[dict[str, Any]]:
+    def heal(self, number: int | str, drops: list[str], rungs: list[list[str]], weights: Any) -> list[dict[str, Any]]:
         """Heal each of ``rungs`` on top of ``drops`` for a share of the time left -> ``key``, ``rung`` and ``steps`` of
         those that came of it. The healed models are kept on disk."""
         from formwright.hub import save

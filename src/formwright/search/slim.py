@@ -109,6 +109,12 @@ class Search:
     def kept(self, value: float, split: str = "select") -> float:
         return self.bench.share(value, self.score(self.original, split, "original")["value"])
 
+    def sure(self, key: str) -> bool:
+        """Whether a candidate keeps enough on select with 95 % certainty."""
+        made, original = (evidence.score_from(self.space.results[f"select/{name}"]) for name in (key, "original"))
+        low = evidence.bound(self.task, made, original, self.seed)
+        return low is not None and low >= self.keep
+
     def choose_precision(self) -> list[dict[str, Any]]:
         """The precision moves that make the target cheaper by enough, measured on the original."""
 

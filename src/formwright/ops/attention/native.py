@@ -28,27 +28,25 @@ class Call(ctypes.Structure):
 
 
 class Heads(NamedTuple):
-    """Plain softmax attention of packed documents, beside its tensors; ``spans`` in order, covering 0 .. T."""
+    """Plain softmax attention: the width of a head, the factor of its scores, and whether it is causal."""
 
-    spans: Sequence[tuple[int, int]]
     width: int
     scale: float
     causal: bool
 
-    def suit(self) -> bool:
-        """Whether the kernel takes heads of this width and documents of these lengths, on this machine."""
-        ready = self.width % 16 == 0 and bool(native.library().fw_attention_ready())
-        return ready and max(stop - start for start, stop in self.spans) <= LONGEST
 
-    def call(self, heads: int, groups: int) -> Call:
-        """What the kernel is told, without tensors."""
-        offsets = (c_int64 * (len(self.spans) + 1))(0, *[stop for _, stop in self.spans])
-        made = Call(
-            None, None, None, None, 0, 0, 0, ctypes.addressof(offsets),
-            len(self.spans), heads, groups, self.width, self.scale, self.causal,
-        )  # fmt: skip
-        made.held = offsets  # a pointer keeps nothing alive
-        return made
+def suits(width: int, spans: Sequence[tuple[int, int]]) -> bool:
+    """Whether the kernel takes heads of this width and documents of these lengths, on this machine."""
+    ready = width % 16 == 0 and bool(native.library().fw_attention_ready())
+    return ready and max((stop - start for start, stop in spans), default=0) <= LONGEST
+
+
+def documents(spans: Sequence[tuple[int, int]]) -> Call:
+    """A call's documents, in order and covering 0 .. T; the rest of it is unset."""
+    borders = (c_int64 * (len(spans) + 1))(0, *[stop for _, stop in spans])
+    made = Call(offsets=ctypes.addressof(borders), documents=len(spans))
+    made.held = borders  # a pointer keeps nothing alive
+    return made
 
 
 def packed_attention_native(
@@ -56,13 +54,13 @@ def packed_attention_native(
 ) -> Tensor | None:
     """q (1, T, H, D), k and v (1, T, G, D) -> (1, T, H, D), or None where the kernel does not apply."""
     width = q.shape[-1]
-    heads = Heads(spans, width, scale, causal)
-    if not native.usable(q, k, v) or v.shape[-1] != width or q.shape[1] == 0 or not heads.suit():
+    if not native.usable(q, k, v) or v.shape[-1] != width or q.shape[1] == 0 or not suits(width, spans):
         return None
     if any(t.stride(-1) != 1 or t.stride(2) != width for t in (q, k, v)) or k.stride(1) != v.stride(1):
         return None
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
-    call = heads.call(q.shape[2], k.shape[2])
+    call = documents(spans)
+    call.heads, call.groups, call.width, call.scale, call.causal = q.shape[2], k.shape[2], width, scale, causal
     call.q, call.k, call.v, call.y = q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr()
     call.q_row, call.kv_row, call.y_row = q.stride(1), k.stride(1), y.stride(1)
     native.library().fw_attention_packed(ctypes.byref(call), torch.get_num_threads())

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from formwright.ops import native as library
 from formwright.ops.attention.native import Heads
-from formwright.ops.int8_linear.native import ACTIVATIONS, NativeWeight, Tail, Term, attention, linear, mlp
+from formwright.ops.int8_linear.native import ACTIVATIONS, NativeWeight, Norm, Step, Tail, Term, linear
 from formwright.ops.int8_linear.products import Product, onednn_levels, route
 from formwright.ops.int8_linear.reference import (
     MAGIC,
@@ -40,23 +40,23 @@ from formwright.registry import Paper, register
 
 __all__ = [
     "SCHEMES",
-    "Heads",
+    "Norm",
     "Packed",
     "Product",
     "Quantized",
+    "Step",
     "Tail",
     "backend",
     "dequantize_weight",
-    "int8_attention",
     "int8_joined",
     "int8_linear",
     "int8_linear_reference",
-    "int8_mlp",
     "outlier_columns",
     "prepare",
     "quantize_columns",
     "quantize_weight",
     "scheme_named",
+    "whole",
 ]
 
 #: Instruction sets on which the compiled kernels are the fastest route.
@@ -101,6 +101,8 @@ class Packed:
         self.columns = None if self.outliers is None else self.float_columns(self.outliers)
         self._product = product
         self._term: Term | None = None
+        #: The compiled sublayer that ends with this weight, where one was made.
+        self.step: Step | None = None
 
     @functools.cached_property
     def native(self) -> NativeWeight | None:
@@ -269,55 +271,45 @@ def int8_linear(
     return [y.to(x.dtype).view(*x.shape[:-1], y.shape[-1]) for y in made]
 
 
-def int8_mlp(
-    x: Tensor,
-    up: Packed,
-    up_bias: Tensor | None,
-    down: Packed,
-    down_bias: Tensor | None,
-    *,
-    activation: str,
-    scheme: Scheme = SCHEMES["vector"],
-    tail: Tail | None = None,
-) -> Tensor | None:
-    """``down(activation(up(x)))`` in one call, x (..., K) -> (..., O), finished by ``tail`` where there is one.
-
-    The same integers as two calls of :func:`int8_linear`. None where the compiled kernels do not take it.
-    """
-    others = (up_bias, down_bias, *(() if tail is None else (tail.residual, tail.gain, tail.shift)))
-    if activation not in ACTIVATIONS or not compiled(x, [up, down], scheme, *others):
-        return None
-    y = mlp(x.reshape(-1, x.shape[-1]), up.term(up_bias), down.term(down_bias), activation, _flat(tail))
-    return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def int8_attention(
-    x: Tensor,
+def whole(
     packs: Sequence[Packed],
     biases: Sequence[Tensor | None],
-    heads: Heads,
+    norm: Norm | None,
     *,
-    scheme: Scheme = SCHEMES["vector"],
-    tail: Tail | None = None,
-) -> Tensor | None:
-    """A whole attention sublayer of packed documents in one call: x (1, T, K) through q, k, v and o -> (1, T, O).
+    scheme: Scheme,
+    joins: bool = True,
+    heads: Heads | None = None,
+    activation: str = "none",
+) -> Step | None:
+    """A whole sublayer as one compiled :class:`Step`: q, k, v and o around attention of ``heads``, or up and down
+    around ``activation``. The same integers, sums and softmax as the calls one by one.
 
-    The same integers and softmax as the steps one by one. None where the compiled kernels do not take it.
+    It is made once and kept with the last weight while nothing that it was made of changes. None where the compiled
+    kernels do not take these weights, or a gradient is wanted of what it reads.
     """
-    others = () if tail is None else tail[:3]
-    if x.shape[1] == 0 or packs[0].left_out != packs[1].left_out or packs[0].left_out != packs[2].left_out:
+    others = [*biases, *(() if norm is None else norm[:2])]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in others):
         return None
-    if not compiled(x, packs, scheme, *biases, *others) or not heads.suit():
-        return None
-    terms = [packed.term(bias) for packed, bias in zip(packs, biases)]
-    y = attention(x[0].contiguous(), terms[:3], terms[3], heads, _flat(tail))
-    return y[None]
+    places = [None if t is None else t.data_ptr() for t in others]
+    key, last = (*packs, *places, norm and norm.eps, scheme, joins, heads, activation), packs[-1]
+    if last.step is None or last.step.key != key:
+        plain = scheme.rows and not scheme.shifted and all(packed.native is not None for packed in packs)
+        alike = heads is None or all(packed.left_out == packs[0].left_out for packed in packs[1:3])
+        floats = all(t is None or (type(t) in library.PLAIN and t.dtype == torch.float32 and t.is_cpu) for t in others)
+        if not (plain and alike and floats and activation in ACTIVATIONS):
+            return None
+        terms = [packed.term(bias) for packed, bias in zip(packs, biases)]
+        last.step = Step(key, terms, norm, joins=joins, heads=heads, activation=activation)
+    return last.step
 
 
 def int8_joined(
     x: Tensor, packed: Packed, bias: Tensor | None, tail: Tail, *, scheme: Scheme = SCHEMES["vector"]
 ) -> Tensor | None:
-    """``tail`` over one linear: LayerNorm(residual + W x + b), or without the norm. None as in :func:`int8_mlp`."""
+    """``tail`` over one linear: LayerNorm(residual + W x + b), or without the norm.
+
+    None where the compiled kernels do not take it.
+    """
     if not compiled(x, (packed,), scheme, bias, *tail[:3]):
         return None
     y = linear(x.reshape(-1, x.shape[-1]), [packed.term(bias)], _flat(tail))[0]

@@ -491,21 +491,32 @@ FW_API void fw_int8_linear(const Weight* weights, int64_t count, const float* x,
   linear<Portable>(weights, count, x, rows, y, *tail, activation, threads);
 }
 
+namespace {
+
+// A sublayer: attention of packed documents by q, k, v, o, or up and down with an activation between; then its tail.
+struct Step {
+  Weight weights[4];
+  Tail tail;  // its residual is what the call gives
+  int64_t heads, groups, width;  // no heads: up and down
+  float scale;
+  int causal, activation, joins;
+};
+
 // y = tail(down(activation(up(x)))): x (rows, in) -> y (rows, out of down).
-FW_API void fw_int8_mlp(const Weight* up, const Weight* down, const float* x, int64_t rows, float* y, const Tail* tail,
-                        int activation, int threads) {
+void perceptron(const Step& step, const float* x, int64_t rows, float* y, const Tail& tail, int threads) {
+  const Weight &up = step.weights[0], &down = step.weights[1];
 #ifdef FW_X86
-  if (fw::level() == fw::VNNI) return mlp<Vnni>(*up, *down, x, rows, y, *tail, activation, threads);
-  if (fw::level() == fw::TWO) return mlp<Avx2>(*up, *down, x, rows, y, *tail, activation, threads);
+  if (fw::level() == fw::VNNI) return mlp<Vnni>(up, down, x, rows, y, tail, step.activation, threads);
+  if (fw::level() == fw::TWO) return mlp<Avx2>(up, down, x, rows, y, tail, step.activation, threads);
 #endif
-  mlp<Portable>(*up, *down, x, rows, y, *tail, activation, threads);
+  mlp<Portable>(up, down, x, rows, y, tail, step.activation, threads);
 }
 
-// y = tail(out(attention(q, k, v of x))): x (rows, in) -> y (rows, out of `out`). `shape` says offsets, heads, groups,
-// width, scale and causal; `room` holds rows * (2 heads + 2 groups) * width floats.
-FW_API void fw_int8_attention(const Weight* projections, const Weight* out, const fw::Attention* shape, const float* x,
-                              int64_t rows, float* room, float* y, const Tail* tail, int threads) {
-  fw::Attention call = *shape;
+// y = tail(o(attention(q, k, v of x))): x (rows, in) -> y (rows, out of o), with the documents of `call`.
+void attention(const Step& step, fw::Attention call, const float* x, int64_t rows, float* room, float* y,
+               const Tail& tail, int threads) {
+  call.heads = step.heads, call.groups = step.groups, call.width = step.width;
+  call.scale = step.scale, call.causal = step.causal;
   call.q_row = call.y_row = call.heads * call.width;
   call.kv_row = call.groups * call.width;
   float* q = room;
@@ -513,8 +524,24 @@ FW_API void fw_int8_attention(const Weight* projections, const Weight* out, cons
   float* v = k + rows * call.kv_row;
   float* const parts[] = {q, k, v};
   const Tail none = {nullptr, nullptr, nullptr, 0.0f};
-  fw_int8_linear(projections, 3, x, rows, parts, &none, NONE, threads);
+  fw_int8_linear(step.weights, 3, x, rows, parts, &none, NONE, threads);
   call.q = q, call.k = k, call.v = v, call.y = v + rows * call.kv_row;
   fw_attention_packed(&call, threads);
-  fw_int8_linear(out, 1, call.y, rows, &y, tail, NONE, threads);
+  fw_int8_linear(step.weights + 3, 1, call.y, rows, &y, &tail, NONE, threads);
+}
+
+}  // namespace
+
+// Sublayers one after another: x (rows, in) -> y[0], y[1], y[0], ... in turn. The first adds `residual`, the others
+// their own input. `room` holds rows * (2 heads + 2 groups) * width floats of the widest attention.
+FW_API void fw_int8_steps(const Step* steps, int64_t count, const fw::Attention* documents, const float* x,
+                          const float* residual, int64_t rows, float* room, float* const* y, int threads) {
+  for (int64_t i = 0; i < count; ++i) {
+    float* to = y[i % 2];
+    Tail tail = steps[i].tail;
+    tail.residual = steps[i].joins ? residual : nullptr;
+    if (steps[i].heads) attention(steps[i], *documents, x, rows, room, to, tail, threads);
+    else perceptron(steps[i], x, rows, to, tail, threads);
+    x = residual = to;
+  }
 }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from formwright.ops import native
-from formwright.ops.attention.native import Call, Heads
+from formwright.ops.attention.native import Call, Heads, documents
 
 #: Activations that are applied to a product while it is in registers, by the library's numbers.
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu-tanh": 2, "relu": 3, "silu": 4}
@@ -42,14 +42,24 @@ class _Tail(ctypes.Structure):
     _fields_ = (*((name, c_void_p) for name in ("residual", "gain", "shift")), ("eps", c_float))
 
 
+class _Step(ctypes.Structure):
+    _fields_ = (
+        ("weights", _Weight * 4),
+        ("tail", _Tail),
+        *((name, c_int64) for name in ("heads", "groups", "width")),
+        ("scale", c_float),
+        *((name, c_int) for name in ("causal", "activation", "joins")),
+    )
+
+
 @functools.lru_cache(maxsize=1)
 def _library() -> Any:
     """The library with the types of what is called for every layer, which ctypes then converts by itself."""
     made, weight, tail = native.library(), ctypes.POINTER(_Weight), ctypes.POINTER(_Tail)
     made.fw_int8_linear.argtypes = (weight, c_int64, c_void_p, c_int64, ctypes.POINTER(c_void_p), tail, c_int, c_int)
-    made.fw_int8_mlp.argtypes = (weight, weight, c_void_p, c_int64, c_void_p, tail, c_int, c_int)
-    made.fw_int8_attention.argtypes = (
-        weight, weight, ctypes.POINTER(Call), c_void_p, c_int64, c_void_p, c_void_p, tail, c_int,
+    made.fw_int8_steps.argtypes = (
+        ctypes.POINTER(_Step), c_int64, ctypes.POINTER(Call), c_void_p, c_void_p, c_int64, c_void_p,
+        ctypes.POINTER(c_void_p), c_int,
     )  # fmt: skip
     return made
 
@@ -102,26 +112,67 @@ def linear(x: Tensor, terms: Sequence[Term], tail: Tail | None = None) -> list[T
     return found
 
 
-def mlp(x: Tensor, up: Term, down: Term, activation: str, tail: Tail | None = None) -> Tensor:
-    """down(activation(up(x))) for x (T, K) contiguous; a block of rows' hidden values never leave the cache."""
-    y = x.new_empty(x.shape[0], down.out)
-    _library().fw_int8_mlp(
-        up.pointers, down.pointers, x.data_ptr(), x.shape[0], y.data_ptr(),
-        _tail(tail), ACTIVATIONS[activation], torch.get_num_threads(),
-    )  # fmt: skip
-    return y
+class Norm(NamedTuple):
+    """The LayerNorm that ends a sublayer, by its gain (W,), shift (W,) and epsilon."""
+
+    gain: Tensor
+    shift: Tensor | None
+    eps: float
 
 
-def attention(x: Tensor, projections: Sequence[Term], out: Term, heads: Heads, tail: Tail | None = None) -> Tensor:
-    """out(softmax(q k^T) v) for x (T, K) contiguous and the terms of q, k and v."""
-    q, k = projections[0].out, projections[1].out
-    shape = heads.call(q // heads.width, k // heads.width)
-    room, y = x.new_empty(2 * x.shape[0] * (q + k)), x.new_empty(x.shape[0], out.out)
-    _library().fw_int8_attention(
-        (_Weight * 3)(*[term.pointers for term in projections]), out.pointers, shape,
-        x.data_ptr(), x.shape[0], room.data_ptr(), y.data_ptr(), _tail(tail), torch.get_num_threads(),
-    )  # fmt: skip
-    return y
+class Step:
+    """A whole sublayer for the compiled kernels, over rows x (..., W) -> (..., W).
+
+    Attention where ``heads`` are given, with the terms of q, k, v and o; otherwise ``activation`` between the terms of
+    up and down. ``joins``: the residual is added, and ``norm`` follows. ``key`` says what it was made of.
+    """
+
+    __slots__ = ("call", "held", "key", "out", "room")
+
+    def __init__(
+        self,
+        key: Any,
+        terms: Sequence[Term],
+        norm: Norm | None,
+        *,
+        joins: bool = True,
+        heads: Heads | None = None,
+        activation: str = "none",
+    ) -> None:
+        self.key, self.out = key, terms[-1].out
+        # A detached tensor keeps its memory, so that nothing else can come to stand at an address in the key.
+        gain, shift = (None if norm is None or t is None else t.detach() for t in (norm or (None, None))[:2])
+        self.held = (*terms, gain, shift)
+        width, scale, causal = heads or Heads(1, 1.0, False)
+        sizes = [term.out // width for term in terms[:2]] if heads else [0, 0]
+        self.room = 2 * width * sum(sizes)
+        weights = (_Weight * 4)(*[term.pointers for term in terms])
+        tail = _Tail(None, _pointer(gain), _pointer(shift), 0.0 if norm is None else norm.eps)
+        self.call = _Step(weights, tail, *sizes, width, scale, causal, ACTIVATIONS[activation], joins)
+
+    @staticmethod
+    def takes(x: Tensor) -> bool:
+        """Whether steps run on this tensor now."""
+        return native.usable(x) and x.numel() > 0
+
+    @staticmethod
+    def run(
+        steps: Sequence[Step], x: Tensor, spans: Sequence[tuple[int, int]], residual: Tensor | None = None
+    ) -> Tensor:
+        """x (..., W) through ``steps`` one after another; the first adds ``residual``, the others their input.
+
+        ``spans`` are the documents of the rows in order, for steps that attend.
+        """
+        x, rows = x.contiguous(), x.numel() // x.shape[-1]
+        first = x if residual is None else residual.contiguous()
+        room = x.new_empty(rows * max(step.room for step in steps))
+        made = [x.new_empty(*x.shape[:-1], step.out) for step in steps[:2]]
+        _library().fw_int8_steps(
+            (_Step * len(steps))(*[step.call for step in steps]), len(steps), documents(spans),
+            x.data_ptr(), first.data_ptr(), rows, room.data_ptr(), (c_void_p * 2)(*[y.data_ptr() for y in made]),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return made[(len(steps) - 1) % 2]
 
 
 def _tail(tail: Tail | None) -> _Tail:

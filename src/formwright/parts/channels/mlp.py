@@ -6,10 +6,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from formwright.parts.activations import activation as activation_named
-from formwright.parts.base import Part, Tail, Traits, dropout, drops, project
+from formwright.parts.base import Part, Step, Tail, Traits, dropout, drops, project
 from formwright.parts.context import Context
 from formwright.parts.linears.dense import Dense
 from formwright.registry import Paper, register
@@ -33,16 +33,24 @@ class MLP(Part):
         self.down = Dense(hidden, width, bias, "down")
 
     def forward(self, x: Tensor, ctx: Context, tail: Tail | None = None) -> Tensor:
-        silent = not drops(self.rate, self.training) and not ctx.wants("hidden")
-        if silent and type(self.up) is type(self.down):
-            done = type(self.up).perceptron(self.up, self.down, self.activation_name, x, tail)
-            if done is not None:
-                return done
+        if tail is None:
+            step = self._step(ctx, None, joins=False)
+            if step is not None and step.takes(x):
+                return step.run((step,), x, [])
         hidden = self.activation(self.up(x, ctx))
         ctx.note("hidden", hidden)
         if tail is not None:
             return self.down.joined(hidden, tail)
         return dropout(self.down(hidden, ctx), self.rate, ctx, self.training, "dropout")
+
+    def step(self, ctx: Context, norm: nn.Module | None) -> Step | None:
+        return self._step(ctx, norm, joins=True)
+
+    def _step(self, ctx: Context, norm: nn.Module | None, joins: bool) -> Step | None:
+        up, down = self.up, self.down
+        if drops(self.rate, self.training) or ctx.wants("hidden") or type(up) is not type(down):
+            return None
+        return type(up).perceptron(up, down, self.activation_name, norm, joins)
 
     def finishes(self, tail: Tail) -> bool:
         return not drops(self.rate, self.training) and self.down.finishes(tail)

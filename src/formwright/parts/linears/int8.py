@@ -26,7 +26,7 @@ from formwright.ops.int8_linear import (
     quantize_weight,
     scheme_named,
 )
-from formwright.parts.base import Cost, LinearLike, Shape, TableLike, Tail
+from formwright.parts.base import Cost, LinearLike, Shape, Step, TableLike, Tail
 from formwright.parts.context import Context
 from formwright.parts.norms.norms import LayerNorm
 from formwright.registry import Paper, register
@@ -37,6 +37,18 @@ ROWS = 8192
 
 def _weights(norm: nn.Module | None) -> list[Tensor | None]:
     return [] if norm is None else [norm.weight, norm.bias]  # type: ignore[list-item]
+
+
+def _whole(slots: Sequence[Any], norm: nn.Module | None, **how: Any) -> Step | None:
+    """One compiled step of several 8-bit slots, where they are of one scheme and search for no outliers."""
+    scheme = slots[0].scheme
+    if norm is not None and type(norm) is not LayerNorm:
+        return None
+    if any(slot.threshold or slot.scheme != scheme for slot in slots):
+        return None
+    ended = None if norm is None else op.Norm(norm.weight, norm.bias, norm.eps)
+    packs, biases = [slot.packed() for slot in slots], [slot.bias for slot in slots]
+    return op.whole(packs, biases, ended, scheme=scheme_named(scheme), **how)
 
 
 def _tail(tail: Tail) -> op.Tail:
@@ -168,36 +180,13 @@ class Int8Linear(LinearLike):
 
     @classmethod
     def perceptron(
-        cls, up: LinearLike, down: LinearLike, activation: str, x: Tensor, tail: Tail | None
-    ) -> Tensor | None:
-        assert isinstance(up, Int8Linear) and isinstance(down, Int8Linear)
-        if up.threshold or down.threshold or up.scheme != down.scheme:
-            return None
-        return op.int8_mlp(
-            x,
-            up.packed(),
-            up.bias,
-            down.packed(),
-            down.bias,
-            activation=activation,
-            scheme=scheme_named(up.scheme),
-            tail=None if tail is None else _tail(tail),
-        )
+        cls, up: LinearLike, down: LinearLike, activation: str, norm: nn.Module | None, joins: bool
+    ) -> Step | None:
+        return _whole([up, down], norm, joins=joins, activation=activation)
 
     @classmethod
-    def attention(cls, slots: list[LinearLike], x: Tensor, heads: Heads, tail: Tail) -> Tensor | None:
-        held: list[Any] = slots
-        scheme = held[0].scheme
-        if any(slot.threshold or slot.scheme != scheme for slot in held):
-            return None
-        return op.int8_attention(
-            x,
-            [slot.packed() for slot in held],
-            [slot.bias for slot in held],
-            heads,
-            scheme=scheme_named(scheme),
-            tail=_tail(tail),
-        )
+    def attention(cls, slots: list[LinearLike], heads: Heads, norm: nn.Module | None) -> Step | None:
+        return _whole(slots, norm, heads=heads)
 
     def dense_weight(self) -> Tensor:
         return dequantize_weight(self.weight, self.scale, self.zero, self.outliers)

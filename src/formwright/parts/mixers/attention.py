@@ -13,17 +13,18 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from formwright.kit.errors import SpecError, unknown
 from formwright.ops.attention import attention, attention_reference, blocks, packed_attention
-from formwright.ops.attention.native import Heads
+from formwright.ops.attention.native import Heads, suits
 from formwright.parts.base import (
     Cost,
     LinearLike,
     Part,
     Shape,
     Slot,
+    Step,
     Tail,
     Traits,
     cost_sum,
@@ -168,10 +169,6 @@ class Attention(Part):
         return ctx
 
     def forward(self, x: Tensor, ctx: Context, tail: Tail | None = None) -> Tensor:
-        if tail is not None and ctx.offsets is not None:
-            done = self._whole(x, ctx, tail)
-            if done is not None:
-                return done
         mixed = self._mixed(x, ctx).flatten(2)
         if tail is not None:
             return self.o.joined(mixed, tail)
@@ -180,17 +177,17 @@ class Attention(Part):
     def finishes(self, tail: Tail) -> bool:
         return not drops(self.rate, self.training) and self.o.finishes(tail)
 
-    def _whole(self, x: Tensor, ctx: Context, tail: Tail) -> Tensor | None:
-        """The sublayer at once, where the kind of its slots has that form and nothing stands between them."""
+    def step(self, ctx: Context, norm: nn.Module | None) -> Step | None:
         slots: list[LinearLike] = [self.q, self.k, self.v, self.o]
         kind, rule = type(slots[0]), self.rule & ctx.visible
         bare = self.memory is None and self.rotary is None and self.distance is None and self.q_norm is None
-        if not (bare and rule.simple) or ctx.state is not None or ctx.wants("probs"):
+        if ctx.offsets is None or ctx.state is not None or not (bare and rule.simple):
             return None
-        if any(type(slot) is not kind for slot in slots):
+        if drops(self.rate, self.training) or ctx.wants("probs") or any(type(slot) is not kind for slot in slots):
             return None
         scale = self.head_width**-0.5 if self.scale is None else self.scale
-        return kind.attention(slots, x, Heads(ctx.spans(), self.head_width, scale, rule.causal), tail)
+        step = kind.attention(slots, Heads(self.head_width, scale, rule.causal), norm)
+        return step if step is not None and suits(self.head_width, ctx.spans()) else None
 
     def _mixed(self, x: Tensor, ctx: Context) -> Tensor:
         """(B, L, H, D): what ``o`` reads."""
