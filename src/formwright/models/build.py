@@ -10,7 +10,7 @@ from torch import nn
 
 from formwright.kit.errors import FormwrightError, SpecError, unknown
 from formwright.models.items import Bare, Block, Item, ItemList, Join, Loop, Reshape, Residual, Tap, Use, part_name
-from formwright.parts.base import initialise
+from formwright.parts.base import initialise, with_memory
 from formwright.parts.make import bad_name, make, make_part
 from formwright.spec import ModelSpec, SystemSpec, spec_from
 
@@ -190,7 +190,7 @@ def build(spec: Any, seed: int | None = 0, device: str | torch.device = "cpu", s
     with torch.device("meta"):
         model = System(spec) if isinstance(spec, SystemSpec) else Model(spec)
     if target.type != "meta":
-        model.to_empty(device=target)
+        with_memory(model, target)
         if seed is not None:
             initialise(model, seed)
     return model.eval()

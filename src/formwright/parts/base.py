@@ -309,6 +309,18 @@ def dropout(x: Tensor, rate: float, ctx: Context, training: bool, name: str) -> 
     return x * keep / (1.0 - rate)
 
 
+def with_memory(module: nn.Module, device: torch.device) -> nn.Module:
+    """``module``, laid out on meta, with memory on ``device`` that nothing has filled yet.
+
+    What ``nn.Module.to_empty`` does; from meta that imports half a second's worth of symbolic algebra.
+    """
+
+    def room(t: Tensor) -> Tensor:
+        return torch.empty(t.shape, dtype=t.dtype, device=device)
+
+    return module._apply(room)
+
+
 def initialise(module: nn.Module, seed: int, prefix: str = "") -> None:
     """Fill every parameter below ``module``: each module's ``reset(generator)``, keyed by (seed, its path).
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from formwright import registry
 from formwright.kit.errors import Refusal, SpecError, nearest
 from formwright.models.model import Entry
-from formwright.parts.base import LinearLike
+from formwright.parts.base import LinearLike, with_memory
 from formwright.parts.context import keyed_generator
 
 #: {id or slot address: the old module}, what a surgery took out.
@@ -362,4 +362,4 @@ def slot_generator(seed: int, address: str) -> torch.Generator:
 def on(module: nn.Module, like: nn.Module) -> nn.Module:
     """``module`` (just laid out on meta) with empty tensors where ``like`` lives; on meta it stays there."""
     device = next((t.device for t in (*like.parameters(), *like.buffers())), torch.device("cpu"))
-    return module if device.type == "meta" else module.to_empty(device=device)
+    return module if device.type == "meta" else with_memory(module, device)
