@@ -216,6 +216,33 @@ def test_a_step_takes_any_leading_axes(level: str) -> None:
     assert torch.equal(mlp(x, up, down, "gelu", Tail(residual)), wanted.view(3, 5, 40))
 
 
+@pytest.mark.skipif(native.level() != "avx512-vnni", reason="the attention kernel needs AVX-512")
+@given(
+    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=4).filter(sum),
+    heads=st.sampled_from([(4, 4, 32), (4, 2, 64), (3, 1, 96), (2, 2, 48)]),
+    causal=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_rounded_attention_rounds_its_factors_only(
+    lengths: list[int], heads: tuple[int, int, int], causal: bool, seed: int
+) -> None:
+    """Against the definition on bfloat16 q, k and v: what is left is the rounding of the exponentials, where there is
+    any (a width that is no multiple of 32, and a processor without such products, give the float32 result)."""
+    (queries, groups, width), rows = heads, sum(lengths)
+    shapes = [(1, rows, count, width) for count in (queries, groups, groups)]
+    q, k, v = (drawn(*shape, seed=seed + i).bfloat16().float() for i, shape in enumerate(shapes))
+    edges = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    spans = list(itertools.pairwise(edges))
+    found = packed_attention_native(q, k, v, spans, width**-0.5, causal, rounded=True)
+    assert found is not None
+    for start, stop in spans:
+        part = [t[:, start:stop].double() for t in (q, k, v)]
+        seen = torch.ones(1, stop - start, stop - start, dtype=torch.bool).tril() if causal else None
+        wanted, _ = attention_reference(*part, scale=width**-0.5, seen=seen)
+        if stop > start:
+            assert (found[:, start:stop] - wanted).abs().max() <= 2.0**-8.9 * part[2].abs().max() + 1e-5
+
+
 def test_attention_takes_strided_rows_and_passes_nan() -> None:
     qkv = drawn(1, 50, 3, 4, 32)
     q, k, v = (qkv[:, :, i] for i in range(3))

@@ -3,6 +3,9 @@
 // A head of a document is small: its keys, transposed once, and the scores of six queries stay in the first-level
 // cache, so nothing but q, k, v and the output touches memory and nothing is spent on padding. Work is handed out by
 // (document, head). Scores of a row are exponentiated against their true maximum, as in the definition.
+//
+// Where a caller allows it and the processor has them, both products take bfloat16 factors, two an instruction, and add
+// in float32. Then q, k, v and the exponentials are rounded to 8 bits of mantissa, and nothing else is.
 #include "../native/calls.hpp"
 
 namespace {
@@ -15,6 +18,18 @@ FW_PUSH(FW_AVX512)
 #include "../native/vector512.hpp"
 
 constexpr int64_t ROWS = 6;
+
+// FW_QUERIES(count) for every ROWS queries from i = 0 on, and for what is left.
+#define FW_BY_ROWS(length)                                        \
+  int64_t i = 0;                                                  \
+  for (; i + ROWS <= length; i += ROWS) FW_QUERIES(ROWS);         \
+  switch (length - i) {                                           \
+    case 1: FW_QUERIES(1); break;                                 \
+    case 2: FW_QUERIES(2); break;                                 \
+    case 3: FW_QUERIES(3); break;                                 \
+    case 4: FW_QUERIES(4); break;                                 \
+    case 5: FW_QUERIES(5); break;                                 \
+  }
 
 // 16 rows of 16 floats (missing rows are zero) -> its transpose, 16 floats every `to_row`.
 static FW_INLINE void transpose16(const float* from, int64_t from_row, int64_t rows, float* to, int64_t to_row) {
@@ -147,24 +162,124 @@ static void head512(const Call& call, int64_t document, int64_t head) {
   for (int64_t j = 0; j < length; j += 16)
     for (int64_t d = 0; d < call.width; d += 16)
       transpose16(k + j * call.kv_row + d, call.kv_row, length - j, keys + d * padded + j, padded);
-  int64_t i = 0;
-  for (; i + ROWS <= length; i += ROWS)
-    queries<ROWS>(call, q + i * call.q_row, keys, padded, v, y + i * call.y_row, i, length, s);
-#define FW_REST(COUNT)                                                                                      \
-  case COUNT:                                                                                               \
-    queries<COUNT>(call, q + i * call.q_row, keys, padded, v, y + i * call.y_row, i, length, s);            \
-    break
-  switch (length - i) {
-    FW_REST(1);
-    FW_REST(2);
-    FW_REST(3);
-    FW_REST(4);
-    FW_REST(5);
-  }
-#undef FW_REST
+#define FW_QUERIES(COUNT) queries<COUNT>(call, q + i * call.q_row, keys, padded, v, y + i * call.y_row, i, length, s)
+  FW_BY_ROWS(length)
+#undef FW_QUERIES
 }
 
 FW_END
+
+#ifdef FW_AVX512_BF16
+FW_PUSH(FW_AVX512_BF16)
+
+// Two neighbouring terms are one 32-bit lane, a pair: of queries and exponentials as they lie, of keys transposed as
+// such, of values two rows woven together. R rows of `count` pairs times rows of 16 C pairs, each row times its factor.
+template <int R, int C>
+static FW_INLINE void pairs(const int32_t* x, int64_t x_row, const int32_t* w, int64_t w_row, int64_t count,
+                            const float* factor, float* y, int64_t y_row) {
+  __m512 acc[R][C];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) acc[r][c] = _mm512_setzero_ps();
+  for (int64_t d = 0; d < count; ++d) {
+    __m512bh held[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) held[c] = (__m512bh)_mm512_loadu_si512(w + d * w_row + 16 * c);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const __m512bh one = (__m512bh)_mm512_set1_epi32(x[r * x_row + d]);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) acc[r][c] = _mm512_dpbf16_ps(acc[r][c], one, held[c]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c)
+      _mm512_storeu_ps(y + r * y_row + 16 * c, _mm512_mul_ps(acc[r][c], _mm512_set1_ps(factor[r])));
+}
+
+// The same for `columns` of them, a multiple of 32.
+template <int R>
+static FW_INLINE void pairs_across(const int32_t* x, int64_t x_row, const int32_t* w, int64_t w_row, int64_t count,
+                                   const float* factor, float* y, int64_t y_row, int64_t columns) {
+  int64_t c = 0;
+  for (; c + 64 <= columns; c += 64) pairs<R, 4>(x, x_row, w + c, w_row, count, factor, y + c, y_row);
+  if (c < columns) pairs<R, 2>(x, x_row, w + c, w_row, count, factor, y + c, y_row);
+}
+
+// `count` floats, a multiple of 32 -> half as many pairs.
+static FW_INLINE void narrow(const float* from, int64_t count, int32_t* to) {
+  for (int64_t d = 0; d < count; d += 32) {
+    const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + d + 16), _mm512_loadu_ps(from + d));
+    _mm512_storeu_si512(to + d / 2, (__m512i)both);
+  }
+}
+
+// 16 floats of one row and, unless it is null, of the next -> 16 pairs.
+static FW_INLINE void weave(const float* low, const float* high, int32_t* to) {
+  __m512i both = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(low)));
+  if (high != nullptr) {
+    const __m512i upper = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(high)));
+    both = _mm512_or_si512(both, _mm512_slli_epi32(upper, 16));
+  }
+  _mm512_storeu_si512(to, both);
+}
+
+// A head of a document as pairs, keys (width / 2, padded) and values (padded / 2, width), and room for ROWS queries.
+struct Narrowed {
+  int64_t padded;
+  int32_t *keys, *values, *q, *p;
+  float* s;
+};
+
+template <int R>
+static void queries_bf16(const Call& call, const Narrowed& head, const float* q, float* y, int64_t first,
+                         int64_t length) {
+  const int64_t seen = call.causal ? first + R : length, padded = (seen + 31) / 32 * 32, half = call.width / 2;
+  float factor[R];
+  for (int r = 0; r < R; ++r) {
+    narrow(q + r * call.q_row, call.width, head.q + r * half);
+    factor[r] = call.scale;
+  }
+  pairs_across<R>(head.q, half, head.keys, head.padded, half, factor, head.s, head.padded, padded);
+  for (int r = 0; r < R; ++r) {
+    float* s = head.s + r * head.padded;
+    factor[r] = soften(s, call.causal ? first + r + 1 : length, padded);
+    narrow(s, padded, head.p + r * head.padded / 2);
+  }
+  pairs_across<R>(head.p, head.padded / 2, head.values, call.width, (seen + 1) / 2, factor, y, call.y_row, call.width);
+}
+
+static void head_bf16(const Call& call, int64_t document, int64_t head) {
+  const int64_t start = call.offsets[document], length = call.offsets[document + 1] - start;
+  if (length == 0) return;
+  const int64_t padded = (length + 31) / 32 * 32, group = head / (call.heads / call.groups), half = call.width / 2;
+  const float* q = call.q + start * call.q_row + head * call.width;
+  const float* k = call.k + start * call.kv_row + group * call.width;
+  const float* v = call.v + start * call.kv_row + group * call.width;
+  float* y = call.y + start * call.y_row + head * call.width;
+  const int64_t each = half * padded;
+  const int64_t lanes = 3 * each + ROWS * (half + padded / 2 + padded);
+  int32_t* keys = static_cast<int32_t*>(fw::scratch(3, static_cast<size_t>(lanes) * 4));
+  int32_t *values = keys + each, *rows = values + each, *own = rows + each, *p = own + ROWS * half;
+  const Narrowed held = {padded, keys, values, own, p, reinterpret_cast<float*>(p + ROWS * padded / 2)};
+  for (int64_t j = 0; j < length; ++j) narrow(k + j * call.kv_row, call.width, rows + j * half);
+  for (int64_t j = 0; j < padded; j += 16)
+    for (int64_t d = 0; d < half; d += 16)
+      transpose16(reinterpret_cast<const float*>(rows + j * half + d), half, length - j,
+                  reinterpret_cast<float*>(keys + d * padded + j), padded);
+  for (int64_t j = 0; j < length; j += 2)
+    for (int64_t c = 0; c < call.width; c += 16) {
+      const float* low = v + j * call.kv_row + c;
+      weave(low, j + 1 < length ? low + call.kv_row : nullptr, values + j / 2 * call.width + c);
+    }
+#define FW_QUERIES(COUNT) queries_bf16<COUNT>(call, held, q + i * call.q_row, y + i * call.y_row, i, length)
+  FW_BY_ROWS(length)
+#undef FW_QUERIES
+}
+
+FW_END
+#endif
 #endif
 
 }  // namespace
@@ -175,6 +290,12 @@ FW_API int fw_attention_ready() { return fw::level() == fw::VNNI; }
 // q (T, heads, width), k and v (T, groups, width) with the strides of `call` -> y. width is a multiple of 16.
 FW_API void fw_attention_packed(const Call* call, int threads) {
 #ifdef FW_X86
+#ifdef FW_AVX512_BF16
+  if (call->rounded && call->width % 32 == 0 && fw::bfloat16())
+    return fw::parallel(call->documents * call->heads, 4, threads, [&](int64_t first, int64_t last) {
+      for (int64_t at = first; at < last; ++at) head_bf16(*call, at / call->heads, at % call->heads);
+    });
+#endif
   fw::parallel(call->documents * call->heads, 4, threads, [&](int64_t first, int64_t last) {
     for (int64_t at = first; at < last; ++at) head512(*call, at / call->heads, at % call->heads);
   });

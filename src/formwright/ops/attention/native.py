@@ -24,15 +24,20 @@ class Call(ctypes.Structure):
         *((name, c_int64) for name in ("documents", "heads", "groups", "width")),
         ("scale", c_float),
         ("causal", c_int),
+        ("rounded", c_int),
     )
 
 
 class Heads(NamedTuple):
-    """Plain softmax attention: the width of a head, the factor of its scores, and whether it is causal."""
+    """Plain softmax attention: the width of a head, the factor of its scores, and whether it is causal.
+
+    ``rounded`` allows factors in bfloat16 where the processor multiplies them: sums and exponentials stay float32.
+    """
 
     width: int
     scale: float
     causal: bool
+    rounded: bool = False
 
 
 def suits(width: int, spans: Sequence[tuple[int, int]]) -> bool:
@@ -50,9 +55,12 @@ def documents(spans: Sequence[tuple[int, int]]) -> Call:
 
 
 def packed_attention_native(
-    q: Tensor, k: Tensor, v: Tensor, spans: Sequence[tuple[int, int]], scale: float, causal: bool
+    q: Tensor, k: Tensor, v: Tensor, spans: Sequence[tuple[int, int]], scale: float, causal: bool, rounded: bool = False
 ) -> Tensor | None:
-    """q (1, T, H, D), k and v (1, T, G, D) -> (1, T, H, D), or None where the kernel does not apply."""
+    """q (1, T, H, D), k and v (1, T, G, D) -> (1, T, H, D), or None where the kernel does not apply.
+
+    ``rounded`` as in :class:`Heads`.
+    """
     width = q.shape[-1]
     if not native.usable(q, k, v) or v.shape[-1] != width or q.shape[1] == 0 or not suits(width, spans):
         return None
@@ -60,7 +68,8 @@ def packed_attention_native(
         return None
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
     call = documents(spans)
-    call.heads, call.groups, call.width, call.scale, call.causal = q.shape[2], k.shape[2], width, scale, causal
+    call.heads, call.groups, call.width = q.shape[2], k.shape[2], width
+    call.scale, call.causal, call.rounded = scale, causal, rounded
     call.q, call.k, call.v, call.y = q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr()
     call.q_row, call.kv_row, call.y_row = q.stride(1), k.stride(1), y.stride(1)
     native.library().fw_attention_packed(ctypes.byref(call), torch.get_num_threads())

@@ -499,7 +499,7 @@ struct Step {
   Tail tail;  // its residual is what the call gives
   int64_t heads, groups, width;  // no heads: up and down
   float scale;
-  int causal, activation, joins;
+  int causal, rounded, activation, joins;
 };
 
 // y = tail(down(activation(up(x)))): x (rows, in) -> y (rows, out of down).
@@ -516,7 +516,7 @@ void perceptron(const Step& step, const float* x, int64_t rows, float* y, const 
 void attention(const Step& step, fw::Attention call, const float* x, int64_t rows, float* room, float* y,
                const Tail& tail, int threads) {
   call.heads = step.heads, call.groups = step.groups, call.width = step.width;
-  call.scale = step.scale, call.causal = step.causal;
+  call.scale = step.scale, call.causal = step.causal, call.rounded = step.rounded;
   call.q_row = call.y_row = call.heads * call.width;
   call.kv_row = call.groups * call.width;
   float* q = room;

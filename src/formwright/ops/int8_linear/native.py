@@ -48,7 +48,7 @@ class _Step(ctypes.Structure):
         ("tail", _Tail),
         *((name, c_int64) for name in ("heads", "groups", "width")),
         ("scale", c_float),
-        *((name, c_int) for name in ("causal", "activation", "joins")),
+        *((name, c_int) for name in ("causal", "rounded", "activation", "joins")),
     )
 
 
@@ -143,12 +143,12 @@ class Step:
         # A detached tensor keeps its memory, so that nothing else can come to stand at an address in the key.
         gain, shift = (None if norm is None or t is None else t.detach() for t in (norm or (None, None))[:2])
         self.held = (*terms, gain, shift)
-        width, scale, causal = heads or Heads(1, 1.0, False)
+        width, scale, causal, rounded = heads or Heads(1, 1.0, False)
         sizes = [term.out // width for term in terms[:2]] if heads else [0, 0]
         self.room = 2 * width * sum(sizes)
         weights = (_Weight * 4)(*[term.pointers for term in terms])
         tail = _Tail(None, _pointer(gain), _pointer(shift), 0.0 if norm is None else norm.eps)
-        self.call = _Step(weights, tail, *sizes, width, scale, causal, ACTIVATIONS[activation], joins)
+        self.call = _Step(weights, tail, *sizes, width, scale, causal, rounded, ACTIVATIONS[activation], joins)
 
     @staticmethod
     def takes(x: Tensor) -> bool:

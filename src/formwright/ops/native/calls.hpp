@@ -30,6 +30,7 @@ struct Attention {
   int64_t documents, heads, groups, width;
   float scale;
   int causal;
+  int rounded;  // products may take bfloat16 factors
 };
 
 }  // namespace fw

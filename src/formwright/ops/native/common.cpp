@@ -57,6 +57,15 @@ int level() {
   return best < most ? best : most;
 }
 
+bool bfloat16() {
+#if defined(FW_X86) && defined(FW_AVX512_BF16)
+  static const bool has = __builtin_cpu_supports("avx512bf16");
+  return has && level() == VNNI;
+#else
+  return false;
+#endif
+}
+
 void spread(int64_t count, int64_t grain, int threads, Range work, void* data) {
   if (count <= 0) return;
   if (grain < 1) grain = 1;

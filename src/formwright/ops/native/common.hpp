@@ -20,6 +20,9 @@
 // Functions between FW_PUSH(...) and FW_END are compiled for an instruction set and only called where it exists.
 #define FW_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma"
 #define FW_AVX2 "avx2,fma"
+#if (defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 10)
+#define FW_AVX512_BF16 "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma"
+#endif
 #define FW_DO(text) _Pragma(#text)
 #if defined(__clang__)
 #define FW_PUSH(name) FW_DO(clang attribute push(__attribute__((target(name))), apply_to = function))
@@ -35,6 +38,9 @@ enum Level { PORTABLE = 0, TWO = 1, VNNI = 2 };  // AVX2; AVX-512 with VNNI
 
 // The best instruction set of this processor, or a lower one that was asked for (tests run every path).
 int level();
+
+// Whether, at the level in use, products of bfloat16 can be had.
+bool bfloat16();
 
 // Calls work(first, last) so that the ranges cover 0 .. count; at most `threads` at once, `grain` indices at least.
 using Range = void (*)(void* data, int64_t first, int64_t last);
