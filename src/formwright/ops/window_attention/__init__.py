@@ -21,7 +21,7 @@ from torch import Tensor
 
 from formwright.ops.window_attention import native
 from formwright.ops.window_attention.blocked import window_attention_blocked
-from formwright.ops.window_attention.reference import window_attention_reference
+from formwright.ops.window_attention.reference import window_attention_reference, window_probs
 from formwright.ops.window_attention.spans import Spans, causally, chunked, joined, leading, listed, sliding, spans
 from formwright.registry import Paper, register
 
@@ -38,6 +38,7 @@ __all__ = [
     "window_attention",
     "window_attention_blocked",
     "window_attention_reference",
+    "window_probs",
 ]
 
 

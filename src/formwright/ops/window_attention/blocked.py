@@ -1,6 +1,6 @@
 """Attention by runs of keys in plain PyTorch: the keys of every tile of queries gathered, one product a group of tiles.
 
-Memory is linear in the length: a product never holds more than ``SPREAD`` times the keys there are.
+Memory is linear in the length: a product never gathers more keys than there are.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from formwright.ops.window_attention.spans import Group, Spans
-
-SPREAD = 4
 
 
 def window_attention_blocked(
@@ -37,7 +35,7 @@ def window_attention_blocked(
 def _pattern(q: Tensor, k: Tensor, v: Tensor, seen: Spans, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     outs, totals = [], []
     for group in seen.groups:
-        count = max(1, SPREAD * seen.total // group.keys.shape[1])
+        count = max(1, seen.total // group.keys.shape[1])
         for start in range(0, len(group.keys), count):
             out, total = _product(q, k, v, seen, Group(*(t[start : start + count] for t in group)), valid)
             outs.append(out)

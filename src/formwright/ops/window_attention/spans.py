@@ -44,12 +44,13 @@ class Group(NamedTuple):
 class Spans:
     """Query i of pattern p sees keys ``low[p, i, m] <= j < high[p, i, m]`` for every m; (1 or heads, L, M) int64.
 
-    ``total``: number of keys.
+    ``total``: number of keys. ``step``: where runs jump at known places, every ``step`` queries; else 0.
     """
 
     low: Array
     high: Array
     total: int
+    step: int = 0
 
     @property
     def length(self) -> int:
@@ -66,7 +67,7 @@ class Spans:
 
     def of(self, pattern: int) -> Spans:
         """One head's own pattern."""
-        return Spans(self.low[pattern : pattern + 1], self.high[pattern : pattern + 1], self.total)
+        return Spans(self.low[pattern : pattern + 1], self.high[pattern : pattern + 1], self.total, self.step)
 
     @functools.cached_property
     def groups(self) -> tuple[Group, ...]:
@@ -106,25 +107,27 @@ class Spans:
             start += group.real.size
         return found
 
-    @functools.cached_property
-    def pairs(self) -> int:
-        """Products of a query and a key that the written-out form takes, over all patterns."""
+    def pairs(self, heads: int) -> int:
+        """Products of a query and a key that the written-out form takes, over all heads."""
         if self.patterns > 1:
-            return sum(self.of(pattern).pairs for pattern in range(self.patterns))
-        return sum(group.pairs for group in self.groups)
+            return sum(self.of(pattern).pairs(1) for pattern in range(self.patterns))
+        return heads * sum(group.pairs for group in self.groups)
 
 
 @functools.lru_cache(maxsize=64)
 def tiles(seen: Spans, most: int) -> Array:
     """(N + 1,) borders of tiles of at most ``most`` consecutive queries whose runs move along together."""
-    both = (seen.low < seen.high)[:, 1:] & (seen.low < seen.high)[:, :-1]
-    moved = np.maximum(np.abs(np.diff(seen.low, axis=1)), np.abs(np.diff(seen.high, axis=1)))
-    cuts = np.flatnonzero((both & (moved > JUMP)).any((0, 2))) + 1
+    if seen.step:
+        cuts = np.arange(seen.step, seen.length, seen.step)
+    else:
+        both = (seen.low < seen.high)[:, 1:] & (seen.low < seen.high)[:, :-1]
+        moved = np.maximum(np.abs(np.diff(seen.low, axis=1)), np.abs(np.diff(seen.high, axis=1)))
+        cuts = np.flatnonzero((both & (moved > JUMP)).any((0, 2))) + 1
     starts = [np.arange(a, b, most) for a, b in zip([0, *cuts], [*cuts, seen.length])]
     return np.concatenate((*starts, [seen.length])).astype(np.int64)
 
 
-def spans(low: Array, high: Array, total: int) -> Spans:
+def spans(low: Array, high: Array, total: int, step: int = 0) -> Spans:
     """Runs (L, M) or (P, L, M), clipped to the keys there are; runs that overlap are made disjoint."""
     low, high = (np.broadcast_to(t, np.broadcast_shapes(low.shape, high.shape)) for t in (low, high))
     low, high = (t[None] if t.ndim == 2 else t for t in (np.clip(low, 0, total), np.clip(high, 0, total)))
@@ -134,7 +137,7 @@ def spans(low: Array, high: Array, total: int) -> Spans:
     low = np.maximum(low, np.concatenate((np.zeros_like(done[..., :1]), done[..., :-1]), -1))
     empty = low >= high
     low, high = (np.ascontiguousarray(np.where(empty, 0, t), dtype=np.int64) for t in (low, high))
-    return Spans(low, high, total)
+    return Spans(low, high, total, step)
 
 
 def joined(*parts: Spans) -> Spans:
@@ -144,12 +147,12 @@ def joined(*parts: Spans) -> Spans:
         np.concatenate([np.broadcast_to(t, (patterns, *t.shape[1:])) for t in side], -1)
         for side in ([part.low for part in parts], [part.high for part in parts])
     )
-    return spans(low, high, parts[0].total)
+    return spans(low, high, parts[0].total, max(part.step for part in parts))
 
 
 def causally(seen: Spans) -> Spans:
     """The same without later keys; queries and keys are one sequence."""
-    return spans(seen.low, np.minimum(seen.high, np.arange(seen.length)[None, :, None] + 1), seen.total)
+    return spans(seen.low, np.minimum(seen.high, np.arange(seen.length)[None, :, None] + 1), seen.total, seen.step)
 
 
 @functools.lru_cache(maxsize=64)
@@ -185,4 +188,4 @@ def listed(length: int, block: int, table: tuple) -> Spans:
     named = len(table[0][0]) if count else 1
     blocks = np.asarray(table, dtype=np.int64).reshape(len(table), count, named)
     rows = blocks[:, np.arange(length) // block]
-    return spans(np.where(rows < 0, 0, rows * block), np.where(rows < 0, 0, (rows + 1) * block), length)
+    return spans(np.where(rows < 0, 0, rows * block), np.where(rows < 0, 0, (rows + 1) * block), length, block)
