@@ -29,7 +29,7 @@ __all__ = ["delta_rule", "delta_rule_map", "delta_rule_reference"]
 
 
 @register(
-    "op", "delta-rule", paper=Paper("Yang et al.", 2024, "2406.06484"), summary="a matrix memory that corrects itself"
+    "op", "delta_rule", paper=Paper("Yang et al.", 2024, "2406.06484"), summary="a matrix memory that corrects itself"
 )
 def delta_rule(
     q: Tensor,
@@ -66,7 +66,7 @@ def _run(
     if suits(q, k, v, beta, state):
         return Compiled.apply(q, k, v, beta, state, scale, borders)
     if borders is not None:
-        return documents(partial(_run, scale=scale, borders=None), q, k, v, beta, state, borders)
+        return documents(partial(_run, scale=scale, borders=None), (q, k, v, beta, state), borders)
     if q.is_cuda and q.dtype == torch.float32 and q.shape[1] > 1:
         from formwright.ops.delta_rule import triton
 
@@ -79,10 +79,10 @@ def _run(
 def _check(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor | None, borders: Sequence[int] | None) -> None:
     if q.dim() != 4 or k.shape != q.shape or v.shape[:-1] != q.shape[:-1] or beta.shape != q.shape[:-1]:
         shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in zip(("q", "k", "v", "beta"), (q, k, v, beta)))
-        raise SpecError(f"delta-rule: q and k are (B, L, H, dk), v (B, L, H, dv), beta (B, L, H); given {shapes}")
+        raise SpecError(f"delta_rule: q and k are (B, L, H, dk), v (B, L, H, dv), beta (B, L, H); given {shapes}")
     rows = q.shape[0] if borders is None else len(borders) - 1
     if borders is not None and (q.shape[0] != 1 or borders[0] != 0 or borders[-1] != q.shape[1]):
-        raise SpecError(f"delta-rule: borders run from 0 to T={q.shape[1]} over one packed row; given {tuple(borders)}")
+        raise SpecError(f"delta_rule: borders run from 0 to T={q.shape[1]} over one packed row; given {tuple(borders)}")
     wanted = (rows, q.shape[2], q.shape[3], v.shape[3])
     if state is not None and tuple(state.shape) != wanted:
-        raise SpecError(f"delta-rule: the state must be {wanted} (rows, H, dk, dv), not {tuple(state.shape)}")
+        raise SpecError(f"delta_rule: the state must be {wanted} (rows, H, dk, dv), not {tuple(state.shape)}")

@@ -88,7 +88,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, scale: fl
 
 
 class Chunked(torch.autograd.Function):
-    """:func:`chunkwise` with the backward pass by hand; under ``create_graph`` the forward is differentiated instead."""
+    """:func:`chunkwise` with the backward pass by hand; under ``create_graph`` the forward one is differentiated."""
 
     @staticmethod
     def forward(
@@ -104,7 +104,7 @@ class Chunked(torch.autograd.Function):
         if torch.is_grad_enabled():
             run = partial(chunkwise, scale=ctx.scale)
             return *again(run, ctx.saved_tensors, ctx.needs_input_grad, d_out, d_last), None
-        return *chunked_backward(*ctx.saved_tensors, ctx.scale, d_out, d_last), None
+        return *chunked_backward(ctx.saved_tensors, ctx.scale, d_out, d_last), None
 
 
 def again(
@@ -125,21 +125,18 @@ def again(
     return [next(found) if need else None for need in needed[: len(inputs)]]
 
 
-def documents(
-    run: Run, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, borders: Sequence[int]
-) -> tuple[Tensor, Tensor]:
+def documents(run: Run, inputs: Sequence[Tensor], borders: Sequence[int]) -> tuple[Tensor, Tensor]:
     """``run`` on packed documents as rows, padded to the longest with tokens that write nothing."""
+    *packed, state = inputs
     sizes = [stop - start for start, stop in pairwise(borders)]
     if not sizes:
-        return torch.zeros_like(v), state
-    rows = [pad_sequence(t[0].split(sizes), batch_first=True) for t in (q, k, v, beta)]
+        return torch.zeros_like(packed[2]), state
+    rows = [pad_sequence(t[0].split(sizes), batch_first=True) for t in packed]
     out, last = run(*rows, state)
     return torch.cat([row[:size] for row, size in zip(out, sizes)])[None], last
 
 
-def chunked_backward(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, scale: float, d_out: Tensor, d_last: Tensor
-) -> tuple[Tensor, ...]:
+def chunked_backward(inputs: Sequence[Tensor], scale: float, d_out: Tensor, d_last: Tensor) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, beta and state from those of the outputs and of the last state.
 
     With the error E of every token before its write, X = diag(b) E. dX and the gradient dS of the state go from chunk
@@ -148,6 +145,7 @@ def chunked_backward(
         dP = tril(dO X^T),  dQ = dO S^T + dP K,  dV = dR,  db = sum_v (M^T dX) E
         dK = dP^T Q + (G + G^T) K + X dS^T - dR S^T
     """
+    q, k, v, beta, state = inputs
     length = q.shape[1]
     if length == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(beta), d_last
@@ -177,3 +175,14 @@ def chunked_backward(
     d_beta = (solved * error).sum(-1, keepdim=True)
     d_q, d_k, d_v, d_beta = (_join(t, length) for t in (scale * d_q, d_k, d_v, d_beta))
     return d_q, d_k, d_v, d_beta[..., 0], d_state
+
+
+def products(length: int, dk: int, dv: int) -> int:
+    """Multiply-accumulates of the forward pass of one head over ``length`` tokens, in matrix products.
+
+    The triangular solve of a chunk, C^3 / 3 at most, is none.
+    """
+    if length <= 1:
+        return 2 * length * dk * dv
+    size = min(CHUNK, length)
+    return -(-length // size) * (size**2 * (3 * dk + 2 * dv) + 3 * size * dk * dv)

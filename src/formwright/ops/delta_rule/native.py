@@ -95,4 +95,4 @@ class Compiled(torch.autograd.Function):
 def _general(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
     """The same pass by PyTorch's operations: for second derivatives, and under tracing."""
     run = partial(chunkwise, scale=ctx.scale)
-    return run(*inputs) if ctx.borders is None else documents(run, *inputs, ctx.borders)
+    return run(*inputs) if ctx.borders is None else documents(run, inputs, ctx.borders)
