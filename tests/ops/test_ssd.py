@@ -1,0 +1,151 @@
+"""The state-space dual: recurrence, masked attention and chunks say the same, forward and backward."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from formwright.kit.errors import SpecError
+from formwright.ops.ssd import ssd, ssd_quadratic, ssd_reference
+
+FORMS = {"recurrence": ssd_reference, "masked attention": ssd_quadratic}
+
+
+def draw(
+    rows: int, length: int, heads: int, groups: int, width: int = 3, size: int = 5, seed: int = 0, dtype=torch.float64
+) -> tuple[list[Tensor], Tensor]:
+    """x, Δ, A, B, C, D and the start, all with gradient, and where documents begin."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    tensors = [normal(rows, length, heads, width), 2 * uniform(rows, length, heads), -3 * uniform(heads)]
+    tensors += [normal(rows, length, groups, size), normal(rows, length, groups, size), normal(heads)]
+    tensors.append(normal(rows, heads, width, size))
+    return [t.requires_grad_() for t in tensors], torch.rand(rows, length, generator=generator) < 0.15
+
+
+def outcome(form, tensors: list[Tensor], resets: Tensor | None, create_graph: bool = False, **how) -> list[Tensor]:
+    """y, the final state, and the gradient of every input under fixed weights."""
+    *given_, start = tensors
+    y, final = form(*given_, start=start, resets=resets, **how)
+    generator = torch.Generator().manual_seed(9)
+    weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in (y, final)]
+    loss = (y * weights[0]).sum() + (final * weights[1]).sum()
+    grads = torch.autograd.grad(loss, tensors, create_graph=create_graph, allow_unused=True)
+    return [y, final, *(torch.zeros_like(t) if g is None else g for t, g in zip(tensors, grads))]
+
+
+def alike(found: list[Tensor], wanted: list[Tensor], tolerance: float) -> None:
+    for mine, theirs in zip(found, wanted):
+        scale = float(theirs.detach().abs().max()) if theirs.numel() else 0.0
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance * (1 + scale))
+
+
+@given(
+    rows=st.integers(0, 3),
+    length=st.sampled_from([0, 1, 2, 7, 16, 33]),
+    heads=st.sampled_from([(1, 1), (4, 1), (4, 2), (3, 3)]),
+    chunk=st.sampled_from([1, 4, 16, 64]),
+    resets=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=30)
+def test_equals_the_definitions(rows, length, heads, chunk, resets, seed) -> None:
+    tensors, begins = draw(rows, length, *heads, seed=seed)
+    begins = begins if resets else None
+    wanted = outcome(ssd_reference, tensors, begins)
+    alike(outcome(ssd_quadratic, tensors, begins), wanted, 1e-10)
+    alike(outcome(ssd, tensors, begins, chunk=chunk), wanted, 1e-10)
+    alike(outcome(ssd, tensors, begins, create_graph=True, chunk=chunk), wanted, 1e-10)
+
+
+@pytest.mark.parametrize("chunk", [16, 64, 256])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_single_precision(chunk: int, groups: int) -> None:
+    tensors, begins = draw(2, 300, 4, groups, 16, 8, dtype=torch.float32)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    wanted = [t.float() for t in outcome(ssd_reference, exact, begins)]
+    alike(outcome(ssd, tensors, begins, chunk=chunk), wanted, 1e-5)
+
+
+def test_a_stream_of_calls_is_one_call() -> None:
+    """Gradients flow through the states between the calls; a token with Δ = 0 is passed over."""
+    (x, dt, A, B, C, D, start), _ = draw(2, 20, 4, 2)
+    dt = dt * (torch.arange(20) % 5 != 3)[None, :, None]
+    whole, final = ssd(x, dt, A, B, C, D, start=start, chunk=8)
+    state, pieces = start, []
+    for first, last in ((0, 1), (1, 9), (9, 9), (9, 20)):
+        now = slice(first, last)
+        y, state = ssd(x[:, now], dt[:, now], A, B[:, now], C[:, now], D, start=state, chunk=8)
+        pieces.append(y)
+    alike([torch.cat(pieces, 1), state], [whole, final], 1e-12)
+    inputs = (x, A, B, C, D, start)
+    mine = torch.autograd.grad(torch.cat(pieces, 1).square().sum() + state.sum(), inputs)
+    alike(list(mine), list(torch.autograd.grad(whole.square().sum() + final.sum(), inputs)), 1e-11)
+
+
+def test_documents_end_to_end_are_alone() -> None:
+    (x, dt, A, B, C, D, _), _ = draw(1, 23, 2, 1)
+    borders = [0, 5, 6, 19, 23]
+    begins = torch.zeros(1, 23, dtype=torch.bool)
+    begins[0, borders[:-1]] = True
+    y, final = ssd(x, dt, A, B, C, D, resets=begins, chunk=8)
+    for first, last in pairwise(borders):
+        now = slice(first, last)
+        alone, end = ssd(x[:, now], dt[:, now], A, B[:, now], C[:, now], D)
+        alike([y[:, now]], [alone], 1e-12)
+    alike([final], [end], 1e-12)
+
+
+def test_strong_decay_and_long_memory_stay_finite() -> None:
+    """Decays from 1 to exp(-20000) in one chunk, where differences of running sums would cancel."""
+    (x, _, A, B, C, D, start), _ = draw(1, 200, 2, 1, dtype=torch.float32)
+    dt = torch.where(torch.arange(200) % 50 == 7, 1e4, 1e-4)[None, :, None].expand(1, 200, 2).requires_grad_()
+    tensors = [x, dt, A, B, C, D, start]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    found, wanted = outcome(ssd, tensors, None), outcome(ssd_reference, exact, None)
+    assert all(bool(torch.isfinite(t).all()) for t in found)
+    alike(found, [t.float() for t in wanted], 1e-5)
+
+
+def test_half_precision_is_computed_in_single() -> None:
+    tensors, _ = draw(2, 40, 4, 2)
+    for dtype in (torch.bfloat16, torch.float16):
+        low = [t.detach().to(dtype) for t in tensors]
+        y, final = ssd(*low[:6], start=low[6])
+        wanted, end = ssd(*(t.float() for t in low[:6]), start=low[6].float())
+        assert y.dtype == dtype and final.dtype == torch.float32
+        assert torch.equal(y, wanted.to(dtype)) and torch.equal(final, end)
+
+
+def test_second_derivatives() -> None:
+    tensors, begins = draw(1, 5, 2, 1, 2, 2)
+
+    def call(*given_: Tensor) -> tuple[Tensor, Tensor]:
+        return ssd(*given_[:6], start=given_[6], resets=begins, chunk=2)
+
+    assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)
+
+
+def test_transforms_and_meta() -> None:
+    (x, dt, A, B, C, D, _), _ = draw(2, 9, 2, 1)
+    per_row = torch.func.vmap(lambda x, dt, B, C: ssd(x[None], dt[None], A, B[None], C[None], D)[0][0])
+    torch.testing.assert_close(per_row(x, dt, B, C), ssd(x, dt, A, B, C, D)[0])
+    meta = [t.detach().to("meta") for t in (x, dt, A, B, C, D)]
+    assert ssd(*meta)[0].shape == x.shape
+
+
+def test_groups_that_do_not_divide_are_refused() -> None:
+    (x, dt, A, B, C, D, _), _ = draw(1, 4, 4, 3)
+    with pytest.raises(SpecError, match="must divide 4 heads"):
+        ssd(x, dt, A, B, C, D)
