@@ -20,9 +20,10 @@ from torch import Tensor
 from formwright.kit.errors import SpecError
 from formwright.ops.lif import native
 from formwright.ops.lif.reference import lif_reference
+from formwright.ops.lif.stepped import lif_stepped
 from formwright.registry import Paper, register
 
-__all__ = ["lif", "lif_reference"]
+__all__ = ["check", "lif", "lif_reference", "lif_stepped"]
 
 
 @register("op", "lif", paper=Paper("Neftci, Mostafa and Zenke", 2019, "1901.09948"), summary="spiking neurons")
@@ -40,18 +41,25 @@ def lif(
     Half precision is computed in float32; spikes have the dtype of ``current``, the voltage stays in float32. A
     current of NaN silences its neuron from there on. SpecError for tau below 1 or a threshold not above 0.
     """
-    if not tau >= 1:
-        raise SpecError(f"lif: tau={tau} must be at least 1: the steps in which a voltage leaks away")
-    if not threshold > 0:
-        raise SpecError(f"lif: threshold={threshold} must be above 0: the voltage at which a neuron spikes")
+    check(tau, threshold)
     wide = current.float() if current.dtype in (torch.float16, torch.bfloat16) else current
     first = None if start is None else start.to(wide.dtype)
     if _form(wide, first) is None:
-        spikes, last = lif_reference(wide, first, lengths, tau=tau, threshold=threshold)
+        learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (wide, first))
+        steps = lif_reference if learns else lif_stepped
+        spikes, last = steps(wide, first, lengths, tau=tau, threshold=threshold)
     else:
         first = wide.new_zeros(wide.shape[0], wide.shape[2]) if first is None else first
         spikes, last = Neurons.apply(wide, first, lengths, tau, threshold)
     return spikes.to(current.dtype), last
+
+
+def check(tau: float, threshold: float) -> None:
+    """SpecError for settings that are none of a neuron."""
+    if not 1 <= tau < float("inf"):
+        raise SpecError(f"tau={tau} must be a number of at least 1: the steps in which a voltage leaks away")
+    if not 0 < threshold < float("inf"):
+        raise SpecError(f"threshold={threshold} must be a number above 0: the voltage at which a neuron spikes")
 
 
 def _form(current: Tensor, start: Tensor | None) -> Any:
@@ -78,13 +86,12 @@ class Neurons(torch.autograd.Function):
     def backward(ctx: Any, grad_spikes: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
         current, start, lengths, charged = ctx.saved_tensors
         tau, threshold = ctx.settings
-        form = None if torch.is_grad_enabled() else _form(grad_spikes, grad_last)
+        twice = torch.is_grad_enabled()
+        form = None if twice else _form(grad_spikes, grad_last)
         if form is not None:
             return *form.backward(charged, lengths, tau, threshold, grad_spikes, grad_last), None, None, None
         with torch.enable_grad():
             given = [t if t.requires_grad else t.detach().requires_grad_() for t in (current, start)]
             outputs = lif_reference(*given, lengths, tau=tau, threshold=threshold)
-            grads = torch.autograd.grad(
-                outputs, given, (grad_spikes, grad_last), create_graph=torch.is_grad_enabled(), allow_unused=True
-            )
+            grads = torch.autograd.grad(outputs, given, (grad_spikes, grad_last), create_graph=twice, allow_unused=True)
         return *grads, None, None, None
