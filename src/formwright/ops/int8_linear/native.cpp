@@ -493,6 +493,10 @@ FW_API void fw_int8_linear(const Weight* weights, int64_t count, const float* x,
 
 namespace {
 
+// Fewer rows than this stay on the calling thread: the time goes into reading weights, which more threads hardly speed
+// up, and a thread that must be woken, or is kept busy by others, costs more than it brings.
+constexpr int64_t ALONE = 12;
+
 // A sublayer: attention of packed documents by q, k, v, o, or up and down with an activation between; then its tail.
 struct Step {
   Weight weights[4];
@@ -536,6 +540,7 @@ void attention(const Step& step, fw::Attention call, const float* x, int64_t row
 // their own input. `room` holds rows * (2 heads + 2 groups) * width floats of the widest attention.
 FW_API void fw_int8_steps(const Step* steps, int64_t count, const fw::Attention* documents, const float* x,
                           const float* residual, int64_t rows, float* room, float* const* y, int threads) {
+  if (rows < ALONE) threads = 1;
   for (int64_t i = 0; i < count; ++i) {
     float* to = y[i % 2];
     Tail tail = steps[i].tail;
