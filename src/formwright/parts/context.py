@@ -42,6 +42,8 @@ class Visible:
     context: int | None = None
 
     def __and__(self, other: Visible) -> Visible:
+        if other is EVERYONE:
+            return self
         windows = [w for w in (self.window, other.window) if w is not None]
         return Visible(
             causal=self.causal or other.causal,

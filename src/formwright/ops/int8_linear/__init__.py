@@ -290,7 +290,7 @@ def whole(
     others = [*biases, *(() if norm is None else norm[:2])]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in others):
         return None
-    places = [None if t is None else t.data_ptr() for t in others]
+    places = [t if t is None else t.data_ptr() for t in others]
     key, last = (*packs, *places, norm and norm.eps, scheme, joins, heads, activation), packs[-1]
     if last.step is None or last.step.key != key:
         plain = scheme.rows and not scheme.shifted and all(packed.native is not None for packed in packs)

@@ -44,10 +44,11 @@ def _whole(slots: Sequence[Any], norm: nn.Module | None, **how: Any) -> Step | N
     scheme = slots[0].scheme
     if norm is not None and type(norm) is not LayerNorm:
         return None
-    if any(slot.threshold or slot.scheme != scheme for slot in slots):
-        return None
+    for slot in slots:
+        if slot.threshold or slot.scheme != scheme:
+            return None
     ended = None if norm is None else op.Norm(norm.weight, norm.bias, norm.eps)
-    packs, biases = [slot.packed() for slot in slots], [slot.bias for slot in slots]
+    packs, biases = [slot.packed() for slot in slots], [slot._parameters.get("bias") for slot in slots]
     return op.whole(packs, biases, ended, scheme=scheme_named(scheme), **how)
 
 

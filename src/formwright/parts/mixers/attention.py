@@ -178,12 +178,16 @@ class Attention(Part):
         return not drops(self.rate, self.training) and self.o.finishes(tail)
 
     def step(self, ctx: Context, norm: nn.Module | None) -> Step | None:
-        slots: list[LinearLike] = [self.q, self.k, self.v, self.o]
-        kind, rule = type(slots[0]), self.rule & ctx.visible
-        bare = self.memory is None and self.rotary is None and self.distance is None and self.q_norm is None
+        rule = self.rule & ctx.visible
+        bare = self.memory is None and self.rotary is None and self.distance is None
         if ctx.offsets is None or ctx.state is not None or not (bare and rule.simple):
             return None
-        if drops(self.rate, self.training) or ctx.wants("probs") or any(type(slot) is not kind for slot in slots):
+        if drops(self.rate, self.training) or ctx.wants("probs"):
+            return None
+        held: Any = self._modules
+        slots: list[LinearLike] = [held[role] for role in ("q", "k", "v", "o")]
+        kind = type(slots[0])
+        if held.get("q_norm") is not None or [type(slot) for slot in slots] != [kind] * 4:
             return None
         scale = self.head_width**-0.5 if self.scale is None else self.scale
         step = kind.attention(slots, Heads(self.head_width, scale, rule.causal), norm)
