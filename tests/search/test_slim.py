@@ -14,6 +14,7 @@ import small
 from formwright.kit.errors import DataError, Refusal, SpecError
 from formwright.parts.base import kind_of
 from formwright.search import moves
+from formwright.search.chain import Chain
 from formwright.search.crew import Crew
 from formwright.search.front import Front
 from formwright.search.slim import Search, label
@@ -207,3 +208,30 @@ def test_times_within_their_noise_are_one_time(spread: float, written: str) -> N
     points.append(point("worse", 5.0, 0.7, accepted=False))
     front.choose(points)
     assert [p["name"] for p in points if p["written"]] == [written]
+
+
+@pytest.mark.parametrize(("sure", "healed"), [(True, []), (False, [["a", "b", "c"]])])
+def test_a_set_that_select_is_not_sure_of_is_followed_by_a_more_careful_one(
+    sure: bool, healed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two thirds of the accepted moves, healed from where those were left, and put on record as a candidate."""
+    chain = Chain.__new__(Chain)
+    chain.search = SimpleNamespace(sure=lambda key: sure, status=lambda **state: None)  # type: ignore[assignment]
+    chain.space = SimpleNamespace(results={}, elapsed=0.0)  # type: ignore[assignment]
+    calls, judged = [], []
+
+    def heal(key: str, drops: list[str], rungs: list[list[str]], weights: Any) -> list[dict[str, Any]]:
+        assert (key, drops, weights) == ("1.careful", [], "weights")
+        calls.extend(rungs)
+        return [{"key": key, "rung": rungs[0], "steps": 400}]
+
+    monkeypatch.setattr(chain, "steps", lambda drops: 1000)
+    monkeypatch.setattr(chain, "heal", heal)
+    monkeypatch.setattr(chain, "judge", lambda made, drops, before: judged.append((made["key"], drops, before)))
+    chain.insure("1", ["a", "b", "c", "d"], "weights", 6000, 1)
+    assert calls == healed
+    assert judged == ([] if sure else [("1.careful", [], 6000)])
+    chain.insure("1", ["a", "b"], "weights", 6000, 2)  # fewer moves go unhealed
+    monkeypatch.setattr(chain, "steps", lambda drops: 10)  # no time is left
+    chain.insure("1", ["a", "b", "c", "d"], "weights", 6000, 1)
+    assert calls == healed
