@@ -1,0 +1,125 @@
+"""Linear attention: queries and keys are mapped to positive features, so that sums over keys can be kept.
+
+    o_t = phi(q_t)^T sum_s phi(k_s) v_s^T / (phi(q_t)^T sum_s phi(k_s)),   phi(x) = elu(x) + 1
+
+The sums run over all tokens, or with ``causal`` up to t. Katharopoulos et al., 2020 (2006.16236). Cost: 4 W^2
+multiply-accumulates a token for the slots and 2 W head_width for the sums, whatever the length. State: one matrix
+(head_width, head_width + 1) a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from formwright.kit.errors import SpecError
+from formwright.ops.linear_attention import linear_attention, linear_attention_macs
+from formwright.parts.base import Cost, Shape, Slot, Traits, element_bytes
+from formwright.parts.context import EMPTY, Context
+from formwright.parts.mixers._projected import Projected
+from formwright.registry import Paper, register
+
+FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
+    "elu": lambda x: F.elu(x) + 1.0,
+    "relu": F.relu,
+    "squared-relu": lambda x: F.relu(x).square(),
+}
+
+
+class FeatureAttention(Projected):
+    """Attention over mapped queries and keys: :meth:`features` maps them, the rest is here.
+
+    The state is held in float32 at least, since sums over a long stream outgrow half precision.
+    """
+
+    def __init__(self, width: int, *, heads: int, causal: bool, eps: float, **rest: Any) -> None:
+        super().__init__(width, heads=heads, **rest)
+        self.traits = Traits(causal=causal, streams=causal)
+        self.eps = eps
+
+    def features(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """(B, L, H, D) -> (B, L, H, features), not negative."""
+        raise NotImplementedError
+
+    @property
+    def feature_width(self) -> int:
+        return self.head_width
+
+    def slots(self) -> dict[str, Slot]:
+        if not self.traits.streams:
+            return {}
+        dtype = torch.float32 if element_bytes(self) < 4 else None
+        return {"sums": Slot("fixed", (self.heads, self.feature_width, self.head_width + 1), dtype)}
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        self.check_rules(ctx)
+        if ctx.offsets is not None and ctx.state is not None:
+            raise SpecError(f"{ctx.path}: linear sums stream in the padded layout; give lengths instead of offsets")
+        q, k, v = self.enter(x, ctx)
+        q, k = self.features(q, k, ctx)
+        k = ctx.clear(k)  # phi(0) is not zero, so padding would be summed
+        borders = None if ctx.offsets is None else [0, *(stop for _, stop in ctx.spans())]
+        exact = torch.promote_types(v.dtype, torch.float32)
+        shape = (len(x), self.heads, q.shape[-1], self.head_width + 1)
+        start = None if ctx.state is None else ctx.slot("sums", lambda: v.new_zeros(shape, dtype=exact))
+        causal = self.traits.causal
+        mixed, sums = linear_attention(q, k, v, causal=causal, state=start, borders=borders, eps=self.eps)
+        if causal:
+            ctx.keep("sums", sums)
+        return self.leave(mixed, ctx)
+
+    def mixing_macs(self, length: int, past: int) -> int:
+        inner, outer = self.feature_width, self.head_width
+        return self.heads * linear_attention_macs(length, inner, outer, self.traits.causal)
+
+    def cost(self, shape: Shape, knobs: Mapping[str, Any] = EMPTY) -> Cost:
+        if not self.traits.streams:
+            return super().cost(shape, knobs)
+        numbers = self.heads * self.feature_width * (self.head_width + 1)
+        state_bytes = len(shape.lengths) * numbers * max(4, element_bytes(self))
+        return super().cost(shape, knobs) + Cost(state_bytes=state_bytes)
+
+
+@register("mixer", "linear-attention", paper=Paper("Katharopoulos et al.", 2020, "2006.16236"))
+class LinearAttention(FeatureAttention):
+    """Slots ``q``, ``k``, ``v`` (heads*head_width, W) and ``o`` (W, heads*head_width).
+
+    Args:
+        heads, head_width, bias, out_bias, dropout: as in ``attention``.
+        causal: sum over earlier tokens and the own one only; streams.
+        feature: phi, "elu" (elu(x) + 1, the paper's), "relu" or "squared-relu".
+        eps: added to the divisor; a query that meets no key gives zeros.
+    """
+
+    examples = (
+        {"heads": 4},
+        {"heads": 2, "causal": True},
+        {"heads": 2, "head_width": 5, "causal": True, "feature": "squared-relu", "bias": False, "eps": 1e-3},
+    )
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        heads: int,
+        head_width: int | None = None,
+        causal: bool = False,
+        feature: Literal["elu", "relu", "squared-relu"] = "elu",
+        bias: bool = True,
+        out_bias: bool | None = None,
+        eps: float = 1e-6,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(
+            width, heads=heads, head_width=head_width, causal=causal, eps=eps, bias=bias, out_bias=out_bias,
+            dropout=dropout,
+        )  # fmt: skip
+        self.feature = feature
+
+    def features(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        phi = FEATURES[self.feature]
+        return phi(q), phi(k)
