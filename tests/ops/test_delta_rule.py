@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from formwright.kit.errors import SpecError
 from formwright.ops import delta_rule as op
 from formwright.ops import native
-from formwright.ops.delta_rule import chunked as form
 from formwright.ops.delta_rule import delta_rule, delta_rule_map, delta_rule_reference
+from formwright.ops.delta_rule.chunked import Chunked, chunkwise
 
 LEVELS = ("portable", "avx512-vnni")
 
@@ -67,10 +67,11 @@ def close(found: list[Tensor], wanted: list[Tensor], tolerance: float) -> None:
 @pytest.mark.parametrize("size", [16, 32, 64])
 @pytest.mark.parametrize("length", [0, 1, 2, 31, 64, 70])
 @pytest.mark.parametrize("most", [1.0, 2.0])
-def test_chunks_equal_the_recurrence(size: int, length: int, most: float, monkeypatch) -> None:
-    monkeypatch.setattr(form, "CHUNK", size)
+def test_chunks_equal_the_recurrence(size: int, length: int, most: float) -> None:
     given_ = inputs(2, length, 3, 8, 5, most=most)
-    close(with_gradients(delta_rule, given_), with_gradients(delta_rule_reference, given_), 1e-10)
+    wanted = with_gradients(lambda *t: delta_rule_reference(*t, scale=0.3), given_)
+    close(with_gradients(lambda *t: Chunked.apply(*t, 0.3, size), given_), wanted, 1e-10)
+    close(with_gradients(lambda *t: chunkwise(*t, 0.3, size), given_), wanted, 1e-10)
 
 
 @settings(max_examples=15)

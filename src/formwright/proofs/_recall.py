@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from formwright.kit.errors import SpecError
-from formwright.models.build import build
 
 
 @dataclass(frozen=True)
@@ -52,26 +51,23 @@ class Recall:
         tokens.scatter_(1, places, keys)
         return tokens, torch.full_like(tokens, -1).scatter_(1, places, values)
 
-    def spec(self, mixer: dict[str, Any], width: int = 64, blocks: int = 2, hidden: int | None = None) -> dict:
-        """``blocks`` of a mixer, each with a gated perceptron; the head is tied."""
-        block = [mixer, {"part": "gated-mlp", "hidden": hidden or 2 * width}]
-        return self.spec_of(block * blocks, width)
-
-    def spec_of(self, layers: list[dict[str, Any]], width: int = 64) -> dict:
-        """Any layers between the table of tokens and the tied head."""
-        return {
-            "stem": {"part": "token-embedding", "vocab": self.vocab, "width": width},
-            "defaults": {"norm": {"part": "rmsnorm"}, "order": "pre"},
-            "layers": layers,
-            "final_norm": {"part": "rmsnorm"},
-            "head": {"part": "lm", "tied": True},
-        }
-
 
 def _distinct(logits: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """(rows, count) different columns of each row, by their probabilities: the Gumbel trick."""
     noise = torch.rand(logits.shape, generator=generator).clamp(1e-12, 1 - 1e-7)
     return (logits - (-noise.log()).log()).topk(count, dim=1).indices
+
+
+def spec(mixers: list[dict[str, Any]], vocab: int, width: int = 64) -> dict[str, Any]:
+    """A block for each of the mixers, with a gated perceptron, between the table of tokens and the tied head."""
+    perceptron = {"part": "gated-mlp", "hidden": 2 * width}
+    return {
+        "stem": {"part": "token-embedding", "vocab": vocab, "width": width},
+        "defaults": {"norm": {"part": "rmsnorm"}, "order": "pre"},
+        "layers": [{"repeat": 1, "layers": [mixer, perceptron]} for mixer in mixers],
+        "final_norm": {"part": "rmsnorm"},
+        "head": {"part": "lm", "tied": True},
+    }
 
 
 def asked(model: Any, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +78,7 @@ def asked(model: Any, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train(
-    spec: dict[str, Any],
+    model: Any,
     task: Any,
     steps: int,
     seed: int,
@@ -96,7 +92,6 @@ def train(
     ``task`` is anything with ``batch(rows, generator)``. Equal seeds draw equal batches for every model. Returns the
     model in eval mode.
     """
-    model = build(spec, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     warm = max(1, steps // 20)

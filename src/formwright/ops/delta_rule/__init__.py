@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from formwright.kit.errors import SpecError
-from formwright.ops.delta_rule.chunked import Chunked, chunkwise, documents
+from formwright.ops.delta_rule.chunked import CHUNK, Chunked, chunkwise, documents
 from formwright.ops.delta_rule.native import Compiled, suits
 from formwright.ops.delta_rule.reference import delta_rule_map, delta_rule_reference
 from formwright.registry import Paper, register
@@ -73,7 +73,7 @@ def _run(
         if triton.suits(q, v):
             return triton.Kernel.apply(q, k, v, beta, state, scale)
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return (chunkwise if traced else Chunked.apply)(q, k, v, beta, state, scale)
+    return (chunkwise if traced else Chunked.apply)(q, k, v, beta, state, scale, CHUNK)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor | None, borders: Sequence[int] | None) -> None:

@@ -53,8 +53,8 @@ def _join(t: Tensor, length: int) -> Tensor:
     return t.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length]
 
 
-def _prepare(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float) -> Chunks:
-    size = min(CHUNK, q.shape[1])
+def _prepare(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float, size: int) -> Chunks:
+    size = min(size, q.shape[1])
     q, k, v, beta = (_split(t, size) for t in (q * scale, k, v, beta[..., None]))
     eye = torch.eye(size, dtype=k.dtype, device=k.device)
     overlap = beta * (k @ k.mT)
@@ -65,14 +65,16 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float) -> Chu
     return Chunks(q, k, v, beta, solved, corrected, reads, writes, (q @ k.mT).tril())
 
 
-def chunkwise(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def chunkwise(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, scale: float, size: int = CHUNK
+) -> tuple[Tensor, Tensor]:
     """Outputs (B, L, H, dv) and the last state, by operations that PyTorch can differentiate any number of times."""
     length = q.shape[1]
     if length == 0:
         return torch.zeros_like(v), state
     if length == 1:
         return step(q, k, v, beta, state, scale)
-    given, found = _prepare(q, k, v, beta, scale), []
+    given, found = _prepare(q, k, v, beta, scale, size), []
     for q, k, reads, writes, weights in zip(given.q, given.k, given.reads, given.writes, given.weights):
         written = writes - reads @ state
         found.append(q @ state + weights @ written)
@@ -92,19 +94,19 @@ class Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, scale: float
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, scale: float, size: int
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(q, k, v, beta, state)
-        ctx.scale = scale
-        out, last = chunkwise(q, k, v, beta, state, scale)
+        ctx.scale, ctx.size = scale, size
+        out, last = chunkwise(q, k, v, beta, state, scale, size)
         return out, last.clone() if last is state else last
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if torch.is_grad_enabled():
-            run = partial(chunkwise, scale=ctx.scale)
-            return *again(run, ctx.saved_tensors, ctx.needs_input_grad, d_out, d_last), None
-        return *chunked_backward(ctx.saved_tensors, ctx.scale, d_out, d_last), None
+            run = partial(chunkwise, scale=ctx.scale, size=ctx.size)
+            return *again(run, ctx.saved_tensors, ctx.needs_input_grad, d_out, d_last), None, None
+        return *chunked_backward(ctx.saved_tensors, ctx.scale, ctx.size, d_out, d_last), None, None
 
 
 def again(
@@ -136,7 +138,9 @@ def documents(run: Run, inputs: Sequence[Tensor], borders: Sequence[int]) -> tup
     return torch.cat([row[:size] for row, size in zip(out, sizes)])[None], last
 
 
-def chunked_backward(inputs: Sequence[Tensor], scale: float, d_out: Tensor, d_last: Tensor) -> tuple[Tensor, ...]:
+def chunked_backward(
+    inputs: Sequence[Tensor], scale: float, size: int, d_out: Tensor, d_last: Tensor
+) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, beta and state from those of the outputs and of the last state.
 
     With the error E of every token before its write, X = diag(b) E. dX and the gradient dS of the state go from chunk
@@ -149,7 +153,7 @@ def chunked_backward(inputs: Sequence[Tensor], scale: float, d_out: Tensor, d_la
     length = q.shape[1]
     if length == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(beta), d_last
-    given = _prepare(q, k, v, beta, scale)
+    given = _prepare(q, k, v, beta, scale, size)
     states, written = [], []
     for key, reads, writes in zip(given.k, given.reads, given.writes):
         states.append(state)

@@ -53,6 +53,8 @@ class DeltaNet(Part):
         gate: multiply the normed output by silu(gate(x)).
     """
 
+    #: What the memory does with a token; an instance may be given another rule, to compare within the same layer.
+    rule = staticmethod(delta_rule)
     traits = Traits(causal=True, streams=True)
     examples = (
         {"heads": 2},
@@ -137,11 +139,11 @@ class DeltaNet(Part):
         if ctx.offsets is None:
             kind = torch.float64 if x.dtype == torch.float64 else torch.float32
             start = ctx.slot("memory", lambda: x.new_zeros(len(x), *self.memory, dtype=kind))
-            mixed, last = delta_rule(q, k, v, beta, start)
+            mixed, last = self.rule(q, k, v, beta, start)
             ctx.keep("memory", last)
         else:
             spans = ctx.spans()
-            mixed, _ = delta_rule(q, k, v, beta, borders=[0, *(stop for _, stop in spans)])
+            mixed, _ = self.rule(q, k, v, beta, borders=[0, *(stop for _, stop in spans)])
         mixed = self.norm(mixed)
         for opened in gate:
             mixed = mixed * F.silu(opened).view_as(mixed)
