@@ -16,35 +16,6 @@ FW_PUSH(FW_AVX512)
 
 constexpr int64_t ROWS = 6;
 
-// 16 rows of 16 floats (missing rows are zero) -> its transpose, 16 floats every `to_row`.
-static FW_INLINE void transpose16(const float* from, int64_t from_row, int64_t rows, float* to, int64_t to_row) {
-  __m512 a[16], b[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) a[i] = i < rows ? _mm512_loadu_ps(from + i * from_row) : _mm512_setzero_ps();
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      const __m512d one = _mm512_castps_pd(b[i + j]), two = _mm512_castps_pd(b[i + j + 2]);
-      a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(one, two));
-      a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(one, two));
-    }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {  // column 4 c + j of rows 4 g .. 4 g + 3 is lane c of a[4 g + j]
-    const __m512 low = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x88), high = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xdd);
-    const __m512 low2 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x88);
-    const __m512 high2 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xdd);
-    _mm512_storeu_ps(to + (0 + j) * to_row, _mm512_shuffle_f32x4(low, low2, 0x88));
-    _mm512_storeu_ps(to + (4 + j) * to_row, _mm512_shuffle_f32x4(high, high2, 0x88));
-    _mm512_storeu_ps(to + (8 + j) * to_row, _mm512_shuffle_f32x4(low, low2, 0xdd));
-    _mm512_storeu_ps(to + (12 + j) * to_row, _mm512_shuffle_f32x4(high, high2, 0xdd));
-  }
-}
-
 // Scores of R queries with 16 C keys.
 template <int R, int C>
 static FW_INLINE void scores(const float* q, int64_t q_row, const float* keys, int64_t keys_row, int64_t width,

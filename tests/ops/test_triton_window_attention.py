@@ -1,0 +1,50 @@
+"""The GPU kernels of attention by runs of keys, run by Triton's interpreter, have the definition's gradients."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import torch
+from formwright.ops.window_attention import (
+    _Runs, joined, leading, listed, sliding, triton, window_attention_reference,
+)
+
+def check(seen, batch, heads, groups, head, valid=None):
+    shapes = ((batch, seen.length, heads, head), *[(batch, seen.total, groups, head)] * 2)
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    found = []
+    for out, logs in (
+        _Runs.apply(*inputs, valid, seen, head**-0.5, triton), window_attention_reference(*exact, seen, valid=valid)
+    ):
+        logs = torch.where(torch.isfinite(logs), logs, 0.0)
+        wanted = inputs if out.dtype == torch.float32 else exact
+        found.append((out, logs, *torch.autograd.grad(out.sin().sum() + logs.cos().sum(), wanted)))
+    for mine, theirs in zip(*found):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-5)
+
+torch.manual_seed(0)
+rows = torch.arange(70)[None] < torch.tensor([70, 0])[:, None]
+check(sliding(90, 30, 0), 2, 2, 1, 20)
+check(joined(sliding(70, 5, 5), leading(70, 3)), 2, 2, 2, 16, rows)
+check(listed(100, 20, (((1,), (-1,), (4,), (0,), (2,)), ((3,), (0,), (-1,), (2,), (1,)))), 1, 2, 1, 8)
+check(sliding(1, 0, 0), 1, 1, 1, 4)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed on this machine")
+def test_kernels_in_the_interpreter() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from formwright.ops.window_attention import triton\n" + SCRIPT],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
