@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from formwright.kit.errors import SpecError
+from formwright.kit.errors import DataError, SpecError
 from formwright.parts.base import Cost, LinearLike, Part, Shape, dropout, project
 from formwright.parts.context import EMPTY, Context
 from formwright.parts.linears.dense import Dense
@@ -64,15 +65,27 @@ class Projected(Part):
         """(B, L, H, D) -> (B, L, W)."""
         return dropout(self.o(mixed.flatten(2), ctx), self.rate, ctx, self.training, "dropout")
 
-    def check_rules(self, ctx: Context, causal: bool = False) -> bool:
-        """Whether the part or the context asks for causal order; a SpecError for any rule that is not known here."""
+    def check_rules(self, ctx: Context) -> None:
+        """A SpecError for a rule of the context that this mixer cannot keep."""
         name = type(self).registered[1]  # type: ignore[attr-defined]
         for rule in RULES:
             if getattr(ctx.visible, rule) is not None:
                 raise SpecError(f"{ctx.path or name}: {name} cannot keep the rule {rule!r}; use attention for it")
-        if ctx.visible.causal and not self.traits.causal and not causal:
+        if ctx.visible.causal and not self.traits.causal:
             raise SpecError(f"{ctx.path or name}: {name} reads later tokens, so it cannot keep the rule 'causal'")
-        return self.traits.causal or causal
+
+    def check_length(self, x: Tensor, ctx: Context, most: int, past: int = 0) -> None:
+        """A DataError where a row of ``x``, behind ``past`` tokens at most, passes the ``most`` tokens of a table."""
+        if past + x.shape[1] <= most:
+            return
+        own = torch.tensor(x.shape[1]) if ctx.lengths is None else ctx.lengths
+        longest = int((own if ctx.state is None else own + ctx.state.seen).max()) if len(x) else 0
+        if longest > most:
+            name = type(self).registered[1]  # type: ignore[attr-defined]
+            raise DataError(
+                f"{ctx.path or name}: {longest} tokens pass the {most} of this {name}'s table; cut the text, or build "
+                f"it with length={longest}"
+            )
 
     def mixing_macs(self, length: int, past: int) -> int:
         """Multiply-accumulates of one row between the slots."""
