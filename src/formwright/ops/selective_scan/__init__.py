@@ -57,8 +57,8 @@ def selective_scan(
     exact = torch.promote_types(x.dtype, torch.float32)
     if initial is None:
         initial = x.new_zeros(row_count(x, offsets), *A.shape, dtype=exact)
-    needed = (t.to(exact) for t in (x, delta, A, B, C))
-    tensors = Tensors(*needed, *(None if t is None else t.to(exact) for t in (D, z)), initial.to(exact))
+    given = Tensors(x, delta, A, B, C, D, z, initial)
+    tensors = given._replace(**{name: t.to(exact) for name, t in given._asdict().items() if t is not None})
     y, final = _fastest(tensors, lengths, offsets, softplus)
     return y.to(x.dtype), final
 
