@@ -10,7 +10,7 @@ from setuptools import Extension, setup
 
 ops = Path("src/formwright/ops")
 sources = ["src/formwright/ops/native/common.cpp", *(str(path) for path in sorted(ops.glob("*/native.cpp")))]
-headers = [str(path) for path in sorted((ops / "native").glob("*.hpp"))]
+headers = [str(path) for path in sorted(ops.glob("*/*.hpp"))]
 
 setup(
     ext_modules=[

@@ -6,6 +6,9 @@ Whatever is remembered has one entry a row: B of them, or S.
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,28 @@ from formwright.kit.errors import SpecError
 def row_count(x: Tensor, offsets: Tensor | None) -> int:
     """Rows of padded ``x`` (B, L, ...), or documents of a packed one."""
     return x.shape[0] if offsets is None else offsets.shape[0] - 1
+
+
+class Rows(NamedTuple):
+    """Where rows begin among the B L tokens of a tensor, how many each has, and whether that makes all of them."""
+
+    starts: list[int]
+    lengths: list[int]
+    full: bool
+
+    @classmethod
+    def of(cls, x: Tensor, lengths: Tensor | None, offsets: Tensor | None) -> Rows:
+        if offsets is not None:
+            borders = offsets.tolist()
+            return cls(borders[:-1], [stop - start for start, stop in pairwise(borders)], True)
+        count, length = x.shape[:2]
+        each = [length] * count if lengths is None else lengths.tolist()
+        return cls([row * length for row in range(count)], each, lengths is None)
+
+    def blank(self, like: Tensor, *more: int) -> Tensor:
+        """Memory for a result of the shape of ``like`` (behind ``more`` axes): zero where some tokens are padding."""
+        made = like.new_empty if self.full else like.new_zeros
+        return made(*more, *like.shape)
 
 
 def valid(x: Tensor, lengths: Tensor) -> Tensor:

@@ -3,17 +3,21 @@
     h_t = exp(Delta_t A) h_{t-1} + Delta_t B_t x_t        per channel e and state n
     y_t = (sum_n C_t[n] h_t[n] + D x_t) SiLU(z_t)         Delta = softplus(delta)
 
-Gu and Dao, "Mamba", 2023 (2312.00752). ``reference`` is the definition, ``two_level`` the general form. Cost: about 9
+Gu and Dao, "Mamba", 2023 (2312.00752). ``reference`` is the definition, ``two_level`` the general form, ``native`` a
+compiled one that keeps states only between chunks. Cost: about 9
 operations per token, channel and state; linear in length, and the state of a stream does not grow.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from formwright.kit.errors import SpecError, all_of
-from formwright.ops.rows import check_rows, repack, row_count, unpack
+from formwright.ops.rows import Rows, check_rows, repack, row_count, unpack
+from formwright.ops.selective_scan.native import NativeScan, Tensors, native_scan, usable
 from formwright.ops.selective_scan.reference import selective_scan_reference
 from formwright.ops.selective_scan.two_level import two_level_scan
 from formwright.registry import Paper, register
@@ -53,17 +57,35 @@ def selective_scan(
     exact = torch.promote_types(x.dtype, torch.float32)
     if initial is None:
         initial = x.new_zeros(row_count(x, offsets), *A.shape, dtype=exact)
-    tensors = [None if t is None else t.to(exact) for t in (x, delta, A, B, C, D, z, initial)]
-    y, final = _general(*tensors, lengths, offsets, softplus)
+    given = Tensors(x, delta, A, B, C, D, z, initial)
+    tensors = given._replace(**{name: t.to(exact) for name, t in given._asdict().items() if t is not None})
+    y, final = _fastest(tensors, lengths, offsets, softplus)
     return y.to(x.dtype), final
 
 
-def _general(x, delta, A, B, C, D, z, initial, lengths, offsets, softplus) -> tuple[Tensor, Tensor]:
+def _fastest(tensors: Tensors, lengths: Tensor | None, offsets: Tensor | None, softplus: bool) -> tuple[Tensor, Tensor]:
+    def general(*tensors: Any) -> tuple[Tensor, Tensor]:
+        return _general(Tensors(*tensors), lengths, offsets, softplus)
+
+    if not usable(*tensors):
+        return general(*tensors)
+    rows = Rows.of(tensors.x, lengths, offsets)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return NativeScan.apply(rows, softplus, general, *tensors)
+    y, final, _ = native_scan(tensors, rows, softplus)
+    return y, final
+
+
+def _general(tensors: Tensors, lengths: Tensor | None, offsets: Tensor | None, softplus: bool) -> tuple[Tensor, Tensor]:
+    """The two-level form in either layout."""
     if offsets is None:
-        return two_level_scan(x, delta, A, B, C, D, z, initial, lengths, softplus)
-    x, delta, B, C = (unpack(t, offsets) for t in (x, delta, B, C))
-    z = None if z is None else unpack(z, offsets)
-    y, final = two_level_scan(x, delta, A, B, C, D, z, initial, offsets.diff(), softplus)
+        return two_level_scan(*tensors, lengths, softplus)
+    unpacked = {
+        name: unpack(t, offsets)
+        for name, t in tensors._asdict().items()
+        if name in ("x", "delta", "B", "C", "z") and t is not None
+    }
+    y, final = two_level_scan(*tensors._replace(**unpacked), offsets.diff(), softplus)
     return repack(y, offsets), final
 
 
