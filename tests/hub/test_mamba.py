@@ -1,4 +1,4 @@
-"""Mamba checkpoints: the first release's names, a model made here said in the published terms, and generation by steps."""
+"""Mamba checkpoints: the first release's names, a model made here said in published terms, and steps that agree."""
 
 from __future__ import annotations
 
