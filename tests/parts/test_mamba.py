@@ -15,6 +15,7 @@ from formwright.models.recipes import recipe
 from formwright.parts.base import Shape, initialise
 from formwright.parts.context import Context, Visible
 from formwright.parts.make import make_part
+from formwright.training.parameters import groups
 
 
 def made(name: str, width: int = 8, **options) -> torch.nn.Module:
@@ -135,3 +136,16 @@ def test_what_is_wrong_is_said() -> None:
         made("mamba")(draw(1, 3, 8), Context(visible=Visible(causal=True, window=2)))
     with pytest.raises(SpecError, match="takes no rule of visibility"):
         made("bimamba-s")(draw(1, 3, 8), Context(visible=Visible(causal=True)))
+
+
+def test_rates_do_not_decay() -> None:
+    held = dict(build(recipe("mamba-130m", vocab=50, width=32, layers=1, state=4), device="meta").named_parameters())
+    decay, keep = groups(held, 0.1)
+    free = {id(parameter) for parameter in keep["params"]}
+    assert {name.rpartition(".")[2] for name, p in held.items() if id(p) in free and "norm" not in name} == {
+        "A_log",
+        "D",
+        "dt_bias",
+        "bias",
+    }
+    assert len(decay["params"]) + len(keep["params"]) == len(held)
