@@ -84,7 +84,8 @@ RATES = ("A_log",)
 def groups(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Two groups for an optimizer: matrices and tables decay; norms, biases and scalars (below two axes), and rates of
     recurrences, do not."""
-    decay, keep = [], []
+    decay: list[nn.Parameter] = []
+    keep: list[nn.Parameter] = []
     for name, parameter in parameters.items():
         rate = name.rpartition(".")[2] in RATES
         (keep if rate or parameter.dim() < 2 else decay).append(parameter)
