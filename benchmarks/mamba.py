@@ -41,7 +41,8 @@ def main() -> None:
     threads = options.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     for name in options.shape or shapes:
-        show([line for lines in shapes[name](threads, options.rounds) for line in lines], options.json)
+        for lines in shapes[name](threads, options.rounds):
+            show(lines, options.json)
 
 
 # ---------------------------------------------------------------------- shapes
