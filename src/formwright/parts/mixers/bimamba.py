@@ -57,7 +57,7 @@ class BiMambaS(Part):
     ) -> None:
         super().__init__()
         inner, rank = expand * width, step_rank(width, rank)
-        self.depth, self.merge = check_depth(depth), merge
+        self._depth, self.merge = check_depth(depth), merge
         self.ahead = Core(inner, state, conv, rank, conv_bias, selective)
         self.back = Core(inner, state, conv, rank, conv_bias, selective)
         self.in_proj = Dense(width, 2 * inner, False, "in")
@@ -71,7 +71,7 @@ class BiMambaS(Part):
 
     def settle(self) -> None:
         uniform(self.in_proj)
-        uniform(self.out_proj, self.depth**-0.5)
+        uniform(self.out_proj, self._depth**-0.5)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         refuse_rules(ctx, "bimamba-s")

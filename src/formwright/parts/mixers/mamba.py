@@ -145,7 +145,7 @@ class Mamba(Core):
     ) -> None:
         inner = expand * width
         super().__init__(inner, state, conv, step_rank(width, rank), conv_bias, selective)
-        self.depth = check_depth(depth)
+        self._depth = check_depth(depth)  # of the start alone, so no setting of the model
         self.in_proj = Dense(width, 2 * inner, bias, "in")
         self.out_proj = Dense(inner, width, bias, "out")
         self.axes = {"in_proj": ("2*inner", "stream"), **self.axes, "out_proj": ("stream", "inner")}
@@ -153,7 +153,7 @@ class Mamba(Core):
     def settle(self) -> None:
         super().settle()
         uniform(self.in_proj)
-        uniform(self.out_proj, self.depth**-0.5)
+        uniform(self.out_proj, self._depth**-0.5)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         refuse_rules(ctx, "mamba")
