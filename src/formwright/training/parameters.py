@@ -77,10 +77,17 @@ def chosen(model: Any, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
     return found
 
 
+#: Tensors of two axes that are no matrices: logarithms of a recurrence's rates, which decay would pull towards 1.
+RATES = ("A_log",)
+
+
 def groups(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups for an optimizer: matrices and tables decay; norms, biases and scalars (below two axes) do not."""
-    decay = [parameter for parameter in parameters.values() if parameter.dim() >= 2]
-    keep = [parameter for parameter in parameters.values() if parameter.dim() < 2]
+    """Two groups for an optimizer: matrices and tables decay; norms, biases and scalars (below two axes), and rates of
+    recurrences, do not."""
+    decay, keep = [], []
+    for name, parameter in parameters.items():
+        rate = name.rpartition(".")[2] in RATES
+        (keep if rate or parameter.dim() < 2 else decay).append(parameter)
     made = [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
     return [group for group in made if group["params"]]
 

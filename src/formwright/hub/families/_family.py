@@ -266,18 +266,23 @@ class Facts:
         self.width: int = model.width
         self.stem = model.stem
         self.layers = 1 + max((item.block for item in model.items()), default=-1)
-        parts = [part for _, part in model.parts()]
-        self.attention = self._first(parts, "mixer")
-        self.mlp = self._first(parts, "channel")
+        self.parts: list[Any] = [part for _, part in model.parts()]
         self.norm = next((item.norm for item in model.items() if getattr(item, "norm", None) is not None), None)
 
-    @staticmethod
-    def _first(parts: list[Any], kind: str) -> Any:
-        wanted = {"mixer": ("attention",), "channel": ("mlp", "gated-mlp")}[kind]
-        for part in parts:
-            if getattr(type(part), "registered", ("", ""))[1] in wanted:
+    def part(self, *names: str) -> Any:
+        """The first part registered under one of ``names``; Refusal where there is none."""
+        for part in self.parts:
+            if getattr(type(part), "registered", ("", ""))[1] in names:
                 return part
-        raise Refusal("it has no attention or no MLP")
+        raise Refusal(f"it has no {' or '.join(names)}")
+
+    @property
+    def attention(self) -> Any:
+        return self.part("attention")
+
+    @property
+    def mlp(self) -> Any:
+        return self.part("mlp", "gated-mlp")
 
     @property
     def hidden(self) -> int:

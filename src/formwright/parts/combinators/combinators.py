@@ -16,7 +16,7 @@ from formwright.parts.context import EMPTY, Context
 from formwright.registry import register
 
 
-def _joined(parts: list[Part], lookahead: int) -> Traits:
+def joined(parts: list[Part], lookahead: int) -> Traits:
     """What holds for all of them holds for the whole."""
     order = ("exact", "piecewise", "surrogate", "none")
     growth = ("linear", "n log n", "n sqrt n", "quadratic")
@@ -43,7 +43,7 @@ class _Several(Part):
             raise SpecError("a combinator needs at least one part")
         self.parts = nn.ModuleList(make_part(node, width) for node in parts)
         held: list[Part] = list(self.parts)  # type: ignore[arg-type]
-        self.traits = _joined(held, self.reach([part.traits.lookahead for part in held]))
+        self.traits = joined(held, self.reach([part.traits.lookahead for part in held]))
         self.reads = tuple(name for part in held for name in part.reads)
         self.writes = tuple(name for part in held for name in part.writes)
 

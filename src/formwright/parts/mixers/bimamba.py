@@ -1,0 +1,89 @@
+"""BiMamba-S: two Mambas, one reading forwards and one backwards, that share their projections in and out.
+
+    [x | z] = in_proj(u)        y = out_proj(core_1(x, z) + reverse(core_2(reverse(x), reverse(z))))
+
+Schiff et al., "Caduceus", 2024 (2403.03234); Wang et al., "LC-PLM", 2024 (2411.08909). Both projections act on each
+token alone, so each runs once for both directions. The cores hold few parameters: nearly twice the depth for the
+parameters of two whole mixers. Rows are reversed within their own lengths, packed texts within their own borders.
+Cost: the projections of one Mamba and the cores of two; linear in the length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from formwright.parts.base import Cost, Part, Shape, Traits
+from formwright.parts.combinators.scan import Merge, merged, refuse_rules
+from formwright.parts.context import EMPTY, Context
+from formwright.parts.linears.dense import Dense
+from formwright.parts.mixers.mamba import Core, check_depth, step_rank, uniform
+from formwright.parts.orders import walk
+from formwright.registry import Paper, register
+
+
+@register(
+    "mixer",
+    "bimamba-s",
+    paper=Paper("Wang et al.", 2024, "2411.08909"),
+    summary="Mamba forwards and backwards with shared projections",
+)
+class BiMambaS(Part):
+    """Slots ``in_proj`` (2 E, W) and ``out_proj`` (W, E); ``ahead`` and ``back`` are the cores of a Mamba.
+
+    Args:
+        state, expand, conv, rank, conv_bias, selective, depth: as of ``mamba``, for both directions.
+        merge: "sum" as published, "mean" (keeps the size of activations), or "multiply", for which each direction is
+            projected out by itself.
+    """
+
+    traits = Traits()
+    examples = ({"state": 4}, {"state": 2, "expand": 1, "merge": "multiply"}, {"state": 2, "conv": 2, "merge": "mean"})
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        state: int = 16,
+        expand: int = 2,
+        conv: int = 4,
+        rank: int | None = None,
+        conv_bias: bool = True,
+        selective: list[str] | None = None,
+        depth: int = 1,
+        merge: Merge = "sum",
+    ) -> None:
+        super().__init__()
+        inner, rank = expand * width, step_rank(width, rank)
+        self._depth, self.merge = check_depth(depth), merge
+        self.ahead = Core(inner, state, conv, rank, conv_bias, selective)
+        self.back = Core(inner, state, conv, rank, conv_bias, selective)
+        self.in_proj = Dense(width, 2 * inner, False, "in")
+        self.out_proj = Dense(inner, width, False, "out")
+        cores = {"ahead": self.ahead, "back": self.back}
+        self.axes = {
+            "in_proj": ("2*inner", "stream"),
+            "out_proj": ("stream", "inner"),
+            **{f"{name}.{slot}": axes for name, core in cores.items() for slot, axes in core.axes.items()},
+        }
+
+    def settle(self) -> None:
+        uniform(self.in_proj)
+        uniform(self.out_proj, self._depth**-0.5)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        refuse_rules(ctx, "bimamba-s")
+        x, z = self.in_proj(ctx.clear(x), ctx).chunk(2, -1)
+        line = ctx.replace(state=None, grid=None)
+        path = walk("row-reversed", x, line)
+        ahead = self.ahead.mixed(x, z, line.at("ahead"))
+        back = path.back(self.back.mixed(path.there(x), path.there(z), line.at("back")))
+        if self.merge == "multiply":
+            return self.out_proj(ahead, ctx) * self.out_proj(back, ctx)
+        return self.out_proj(merged([ahead, back], self.merge), ctx)
+
+    def cost(self, shape: Shape, knobs: Mapping[str, Any] = EMPTY) -> Cost:
+        held, twice = super().cost(shape, knobs), self.merge == "multiply"
+        return Cost(held.parameters, held.macs + (self.out_proj.cost(shape).macs if twice else 0))
