@@ -27,11 +27,16 @@ def parameters(name: str, **sizes) -> int:
         "mamba2-2.7b": 2_702_599_680,
         "mamba2-hybrid-8b": 8_654_517_248,
         "mamba2-8b": 8_236_999_680,
+        "mamba-8b": 8_148_783_104,
         "transformer-8b": 8_540_135_424,
     }.items(),
 )
 def test_published_counts(name: str, count: int) -> None:
     assert parameters(name) == count
+
+
+def test_mamba_with_the_smaller_state() -> None:
+    assert parameters("mamba-8b", state=16) == 7_994_642_432
 
 
 def test_each_layer_of_the_hybrid() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from formwright.models.recipes._pattern import allocated, stacked
+from formwright.models.recipes.mamba import mamba
 from formwright.models.recipes.mamba2 import mamba2
 from formwright.registry import Paper, register
 
@@ -71,6 +72,12 @@ def mamba2_8b(
 ) -> dict[str, Any]:
     """The pure Mamba-2 of the comparison, or any other with an untied head."""
     return mamba2(vocab, width, layers, state, head_width, groups, tied=False)
+
+
+@register("recipe", "mamba-8b", paper=Paper("Waleffe et al.", 2024, "2406.07887"), summary="pure Mamba, 8.1 billion")
+def mamba_8b(vocab: int = 256_000, width: int = 4096, layers: int = 56, state: int = 128) -> dict[str, Any]:
+    """The pure Mamba of the comparison, which may have had a state of 16 instead."""
+    return mamba(vocab, width, layers, state, "mamba", {"part": "lm", "vocab": vocab})
 
 
 @register(
