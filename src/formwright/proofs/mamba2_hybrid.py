@@ -39,7 +39,7 @@ PATTERNS = {
     48: "M-M-M--M-*M-M-M-M--*M-M-M-M-*M--M-M-M-*M-M--M-M-",
 }
 #: Recall: pairs of a key and a value, then every key again; ids of keys and of values; steps and rows of training.
-PAIRS, KEYS, STEPS, ROWS = 16, 32, 500, 32
+PAIRS, KEYS, STEPS, ROWS = 16, 32, 300, 16
 
 
 @register("proof", "mamba2-hybrid", paper=Paper("Waleffe et al.", 2024, "2406.07887"), summary="attention for recall")
