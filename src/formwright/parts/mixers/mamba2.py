@@ -115,7 +115,8 @@ class Mamba2(Part):
         pieces = groups if norm_groups is None else norm_groups
         all_of(SpecError, list(_problems(inner, state, head_width, groups, pieces, step_range, chunk)))
         heads = inner // head_width
-        self.groups, self.chunk, self.residual = groups, chunk, residual
+        self.groups = groups
+        self._chunk, self._residual = chunk, residual  # of the speed and the start alone: no settings of the model
         self.least, self.most = step_range
         self.in_proj = Dense(width, 2 * inner + 2 * groups * state + heads, bias, "in_proj")
         self.conv = ShortConv(inner + 2 * groups * state, kernel, bias=conv_bias)
@@ -147,8 +148,8 @@ class Mamba2(Part):
         self.dt_bias.copy_(steps + (-torch.expm1(-steps)).log())  # the inverse of softplus
 
     def settle(self) -> None:
-        if self.residual != 1.0:
-            self.out_proj.scale_in(self.residual)
+        if self._residual != 1.0:
+            self.out_proj.scale_in(self._residual)
 
     def slots(self) -> dict[str, Slot]:
         kind = torch.promote_types(self.D.dtype, torch.float32)
@@ -172,7 +173,7 @@ class Mamba2(Part):
             self.D,
             start=self._start(x, ctx),
             resets=_begins(x, ctx),
-            chunk=self.chunk,
+            chunk=self._chunk,
         )
         ctx.keep("ssm", final)
         return self.out_proj(self.norm(y.flatten(-2), z), ctx)
@@ -192,7 +193,7 @@ class Mamba2(Part):
 
     def _macs(self, length: int) -> int:
         """Products of one row: pairs inside each chunk, then states written and read."""
-        q = chunk_of(length, self.chunk)
+        q = chunk_of(length, self._chunk)
         chunks = -(-length // q)
         return chunks * q * (q * (self.groups * self.state + self.inner) + 2 * self.inner * self.state)
 
