@@ -16,7 +16,9 @@ from formwright.kit.errors import SpecError
 from formwright.registry import Paper, register
 
 
-@register("recipe", "masformer", paper=Paper("Zhang et al.", 2023, "2310.12442"), summary="full attention in few layers")
+@register(
+    "recipe", "masformer", paper=Paper("Zhang et al.", 2023, "2310.12442"), summary="full attention in few layers"
+)
 def masformer(
     vocab: int = 50257,
     width: int = 2048,
@@ -27,7 +29,7 @@ def masformer(
     block: int = 1024,
     lookback: int = 0,
 ) -> dict[str, Any]:
-    """``full``: how many layers at the bottom, or which ones by number from 0. ``positions=None``: rotary, any length."""
+    """``full``: how many layers at the bottom, or which ones, from 0. ``positions=None``: rotary, any length."""
     chosen = set(range(full) if isinstance(full, int) else full)
     beyond = sorted(chosen - set(range(layers)))
     if beyond:
