@@ -237,7 +237,7 @@ def test_state_slots_are_as_declared(case: Case) -> None:
         value = state.values[name]
         own = slot.shape
         if slot.kind == "grow":
-            own = (12, *own)
+            own = (12 // slot.every, *own)
         elif slot.kind == "window":
             assert slot.window is not None
             own = (min(12, slot.window), *own)

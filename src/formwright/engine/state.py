@@ -35,17 +35,18 @@ class State:
         self.values[key] = value
 
     def append(
-        self, key: str, tokens: Tensor, lengths: Tensor | None, window: int | None = None
+        self, key: str, tokens: Tensor, lengths: Tensor | None, window: int | None = None, every: int = 1
     ) -> tuple[Tensor, Tensor]:
         """Add (B, L, ...) tokens, ``lengths`` (B,) of them valid -> all so far (B, S, ...), positions (B, S).
 
-        All columns that this call may need come back; with ``window`` only that many stay for later calls.
+        All columns that this call may need come back; with ``window`` only that many stay for later calls. With
+        ``every`` the entries stand for finished runs of that many tokens, and positions count runs.
         """
         rows, length = tokens.shape[:2]
         kept = self.values.get(key)
         past = 0 if kept is None else kept.shape[1]
         everything = tokens if kept is None else torch.cat((kept, tokens), 1)
-        after = self.seen + (length if lengths is None else lengths)
+        after = self.seen // every + (length if lengths is None else lengths)
         if lengths is not None:
             # Shift each row right by its number of padded places, so that its last token stands last.
             shift = (length - lengths)[:, None]

@@ -46,13 +46,15 @@ class Slot:
     """One remembered tensor of a stream: its shape per row and its dtype (None: the model's).
 
     The shape is per token of the stream for ``window`` and ``grow``, and per token of the memory read for ``memory``,
-    whose values are made by the first call and stay.
+    whose values are made by the first call and stay. With ``every`` above 1 a ``grow`` slot holds one entry for each
+    finished run of that many tokens.
     """
 
     kind: Literal["fixed", "window", "grow", "memory"]
     shape: tuple[int, ...]
     dtype: torch.dtype | None = None
     window: int | None = None
+    every: int = 1
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,9 @@ class StateLike(Protocol):
     def fork(self) -> StateLike: ...
     def get(self, key: str) -> Tensor | None: ...
     def put(self, key: str, value: Tensor) -> None: ...
-    def append(self, key: str, tokens: Tensor, lengths: Tensor | None, window: int | None) -> tuple[Tensor, Tensor]: ...
+    def append(
+        self, key: str, tokens: Tensor, lengths: Tensor | None, window: int | None, every: int = 1
+    ) -> tuple[Tensor, Tensor]: ...
     def leaves(self) -> Mapping[str, Tensor]: ...
 
 
@@ -208,6 +210,14 @@ class Context:
         if self.recompute:
             raise SpecError(f"{self.path}: a span that streams cannot be recomputed; run it without recompute")
         return self.state.append(f"{self.path}.{name}", tokens, self.lengths, window)
+
+    def append_runs(self, name: str, runs: Tensor, counts: Tensor, every: int) -> None:
+        """Add (B, R, ...), one entry for each run of ``every`` tokens that this call finishes, to a growing slot.
+
+        counts (B,): how many of each row's entries are real; the others stand behind them. Silent without a state.
+        """
+        if self.state is not None and not self.recompute:
+            self.state.append(f"{self.path}.{name}", runs, counts, None, every)
 
     def note(self, name: str, value: Tensor | Callable[[], Tensor]) -> None:
         """Record ``value`` if it was asked for under (path, name); a callable is only run then."""
