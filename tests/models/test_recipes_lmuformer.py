@@ -28,9 +28,7 @@ def test_published_counts(name: str, count: int) -> None:
 def test_products_of_the_convolutions(name: str) -> None:
     made = build(recipe(name), device="meta")
     convolutions = [
-        slot
-        for address, slot in made.slots().items()
-        if ":cell." not in address and not address.startswith("head")
+        slot for address, slot in made.slots().items() if ":cell." not in address and not address.startswith("head")
     ]
     assert sum(slot.cost(Shape.full(1, 128)).macs for slot in convolutions) == 188_743_680
 

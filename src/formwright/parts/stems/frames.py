@@ -130,7 +130,9 @@ class ConvFrames(Stem):
             raise DataError(f"this model reads 'values'; the batch holds {', '.join(sorted(inputs)) or 'nothing'}")
         values, inner = inputs["values"], ctx.at("stem")
         if values.dim() != 3 or values.shape[-1] != self.features:
-            raise DataError(f"values have shape {tuple(values.shape)}; this model reads (rows, frames, {self.features})")
+            raise DataError(
+                f"values have shape {tuple(values.shape)}; this model reads (rows, frames, {self.features})"
+            )
         if ctx.state is None:
             plain = inner.replace(offsets=None, borders=None)
             return by_rows(values, ctx, lambda x, lengths: self._run(x, Whole(plain.replace(lengths=lengths)))), ctx
