@@ -15,6 +15,7 @@ from formwright.models.build import build
 from formwright.models.recipes import recipe
 from formwright.ops.legendre_memory import legendre_memory, legendre_memory_reference, matrices
 from formwright.parts.base import Shape
+from formwright.parts.norms.batch import BatchNorm
 from formwright.proofs._bytes import one_thread
 from formwright.proofs.base import Claim
 from formwright.registry import Paper, register
@@ -78,14 +79,20 @@ def stream(name: str, seed: int) -> Claim:
     values = 2 * torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     state = State(2)
     with torch.no_grad():
-        wanted = model(values)
+        for norm in model.modules():
+            if isinstance(norm, BatchNorm):
+                norm.weight.fill_(2.5)  # so that neurons are lively
+        model.train()
+        for _ in range(20):
+            model(values)
+        wanted = model.eval()(values)
         for step in range(40):
             end = {"end": torch.full((2, 1), step == 39)}
             last = model(values[:, step : step + 1], state=state, marks=end)
-    error = float((last - wanted).abs().max())
+    error, apart = float((last - wanted).abs().max()), float((wanted[0] - wanted[1]).abs().max())
     return Claim(
         f"{name}: a stream frame by frame says what one pass says", "five frames late", "within 1e-9",
-        f"{error:.1e}", error <= 1e-9,
+        f"{error:.1e}, where two rows differ by {apart:.2f}", error <= 1e-9 < apart,
     )  # fmt: skip
 
 
