@@ -30,7 +30,7 @@ class RunningClassifier(Head):
     """(B, classes) logits of the mean token; slot ``out``. A row that has seen nothing answers with the bias."""
 
     kind = "sequence"
-    examples = ({"classes": 3}, {"classes": 4, "labels": ["a", "b", "c", "d"]})
+    examples: tuple[dict, ...] = ({"classes": 3}, {"classes": 4, "labels": ["a", "b", "c", "d"]})
 
     def __init__(
         self, width: int, *, classes: int, dropout: float = 0.0, bias: bool = True, labels: list[str] | None = None
