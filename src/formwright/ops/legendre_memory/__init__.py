@@ -40,8 +40,9 @@ def legendre_memory(
 ) -> tuple[Tensor, Tensor]:
     """u (B, L), start (B, order) or None -> M (B, L, order), and the memory after each row's last step (B, order).
 
-    ``lengths`` (B,): steps that each row brings, 0 included; anything at all may stand behind them. Half precision is computed in float32; the outputs have the dtype of ``u``, the last memory stays
-    in float32. A value that is not finite spoils its row: all of it in the transformed form.
+    ``lengths`` (B,): steps that each row brings, 0 included; anything at all may stand behind them. Half precision is
+    computed in float32; the outputs have the dtype of ``u``, the last memory stays in float32. A value that is not
+    finite spoils its row: all of it in the transformed form.
     """
     wide = u.float() if u.dtype in (torch.float16, torch.bfloat16) else u
     if lengths is not None:

@@ -40,7 +40,7 @@ def matrices(order: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
 
 def exponential(matrix: np.ndarray) -> np.ndarray:
     """e^matrix by its series at a small norm, squared back up. In numpy, so that nothing that traces torch sees it."""
-    halvings = max(0, int(np.ceil(np.log2(max(np.linalg.norm(matrix, 1), 1e-300)))) + 1)
+    halvings = max(0, int(np.ceil(np.log2(max(float(np.linalg.norm(matrix, 1)), 1e-300)))) + 1)
     small = matrix / 2.0**halvings
     total = identity = np.eye(len(matrix))
     for term in range(TERMS, 0, -1):

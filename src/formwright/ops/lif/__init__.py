@@ -92,6 +92,6 @@ class Neurons(torch.autograd.Function):
             return *form.backward(charged, lengths, tau, threshold, grad_spikes, grad_last), None, None, None
         with torch.enable_grad():
             given = [t if t.requires_grad else t.detach().requires_grad_() for t in (current, start)]
-            outputs = lif_reference(*given, lengths, tau=tau, threshold=threshold)
+            outputs = lif_reference(given[0], given[1], lengths, tau=tau, threshold=threshold)
             grads = torch.autograd.grad(outputs, given, (grad_spikes, grad_last), create_graph=twice, allow_unused=True)
         return *grads, None, None, None

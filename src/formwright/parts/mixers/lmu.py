@@ -93,9 +93,9 @@ class LMU(Part):
 class SpikingLMU(Part):
     """Slots as in ``lmu``; nothing but spikes enters them.
 
-    Args: ``theta``, ``memory`` (default 2 W), ``hidden`` (default W). ``tau``: leak of all neurons. ``threshold`` of the
-        neurons at the entrance. ``form``: "pre" fires before the cell and adds a current to the stream; "post" takes
-        the stream as it is and adds spikes.
+    Args: ``theta``, ``memory`` (default 2 W), ``hidden`` (default W). ``tau``: leak of all neurons. ``threshold`` of
+        the neurons at the entrance. ``form``: "pre" fires before the cell and adds a current to the stream; "post"
+        takes the stream as it is and adds spikes.
     """
 
     traits = Traits(causal=True, streams=True, statistics=True, gradient="surrogate")

@@ -52,8 +52,8 @@ class BatchNorm(nn.Module):
         if len(real) == 0:
             return x
         # A recomputed span has already moved the averages.
-        running = (None, None) if ctx.recompute else (self.mean, self.variance)
-        y = self._normalised(real, *running, True)
+        mean, variance = (None, None) if ctx.recompute else (self.mean, self.variance)
+        y = self._normalised(real, mean, variance, True)
         return y.reshape(x.shape) if everyone else torch.zeros_like(x).masked_scatter(valid[..., None], y)
 
     def _normalised(self, rows: Tensor, mean: Tensor | None, variance: Tensor | None, learns: bool) -> Tensor:
