@@ -161,8 +161,8 @@ def summed(
 
 def recall(seed: int) -> list[Claim]:
     """Associative recall by four layers that differ in one thing each; equal batches, equal steps at most."""
-    task, steps = Recall(), 450
-    found = {
+    task, steps = Recall(), 600
+    found: dict[str, dict[str, Any]] = {
         "delta rule": {},
         "sums": {},
         "no convolution": {"conv": None},
@@ -174,7 +174,7 @@ def recall(seed: int) -> list[Claim]:
         model = build(spec([mixer] * 2, task.vocab), seed=seed)
         for _, part in model.parts():
             if name == "sums" and isinstance(part, DeltaNet):
-                part.rule = summed  # type: ignore[method-assign]
+                part.rule = summed  # type: ignore[assignment]
         scores[name] = accuracy(train(model, task, steps, seed), task, seed)
     delta, where = scores["delta rule"], f"{task.pairs} pairs in {task.length} tokens, width 64, 2 blocks"
     return [

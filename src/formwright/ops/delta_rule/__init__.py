@@ -68,10 +68,11 @@ def _run(
     if borders is not None:
         return documents(partial(_run, scale=scale, borders=None), (q, k, v, beta, state), borders)
     if q.is_cuda and q.dtype == torch.float32 and q.shape[1] > 1:
-        from formwright.ops.delta_rule import triton
+        from formwright.ops.delta_rule.triton import Kernel
+        from formwright.ops.delta_rule.triton import suits as fits
 
-        if triton.suits(q, v):
-            return triton.Kernel.apply(q, k, v, beta, state, scale)
+        if fits(q, v):
+            return Kernel.apply(q, k, v, beta, state, scale)
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return (chunkwise if traced else Chunked.apply)(q, k, v, beta, state, scale, CHUNK)
 

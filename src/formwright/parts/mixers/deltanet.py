@@ -96,9 +96,9 @@ class DeltaNet(Part):
         self.beta = Dense(width, heads, False, "beta")
         self.gate = Dense(width, heads * dv, False, "gate") if gate else None
         silu = feature == "silu"
-        self.q_conv = None if conv is None else ShortConv(heads * dk, conv, bias=False, silu=silu, std=0.02)
-        self.k_conv = None if conv is None else ShortConv(heads * dk, conv, bias=False, silu=silu, std=0.02)
-        self.v_conv = None if conv is None else ShortConv(heads * dv, conv, bias=False, std=0.02)
+        self.q_conv = None if conv is None else ShortConv(heads * dk, conv, bias=False, silu=silu)
+        self.k_conv = None if conv is None else ShortConv(heads * dk, conv, bias=False, silu=silu)
+        self.v_conv = None if conv is None else ShortConv(heads * dv, conv, bias=False)
         self.norm = RMSNorm(dv, norm_eps)
         self.o = Dense(heads * dv, width, False, "o")
         self.axes = {
