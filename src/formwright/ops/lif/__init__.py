@@ -4,7 +4,7 @@
     spike_t = charged_t >= threshold,   voltage_t = 0 where it spikes, charged_t elsewhere
 
 A step waits for the one before it, so this is one loop over time for many neurons side by side: compiled where that
-was built (``native``), as a kernel on a GPU (``triton``), otherwise the definition. Going back, the derivative of a
+was built (``native``), otherwise the definition, step by step. Going back, the derivative of a
 spike is that of a sigmoid of slope 4 (Neftci, Mostafa and Zenke, 2019) and the reset counts as constant. Every neuron
 of every row is computed by itself with the same operations, so a stream gives the spikes of one pass to the bit.
 Cost: elementwise.

@@ -2,7 +2,7 @@
 
 Query, key, value and output slots move over as they are, whatever kind of linear they hold; what the new mixer has
 besides starts from its own ``reset``, keyed by (seed, item). Options that both mixers take, such as heads, causal and
-rotary, carry over unless given. Outputs change, so healing follows; what is gained is the new mixer's cost in length.
+rotary, carry over unless given; the plan names those that are lost. Outputs change, so healing follows; what is gained is the new mixer's cost in length.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class SwapMixer(Surgery):
         parts = dict(model.parts())
         moving = [_moving(parts[id], _laid(str(mixer), swap[id], parts[id])) for id in swap]
         fresh = [role for role in ROLES if not all(role in moved for moved in moving)]
-        return self.made(model, dict(options), {"mixer": mixer, "swap": swap, "seed": seed, "fresh": fresh})
+        lost = sorted({name for id in swap for name in _lost(parts[id], str(mixer))})
+        decisions = {"mixer": mixer, "swap": swap, "seed": seed, "fresh": fresh, "lost": lost}
+        return self.made(model, dict(options), decisions)
 
     def check(self, model: Any, plan: Plan) -> None:
         held, problems = dict(model.parts()), []
@@ -102,7 +104,9 @@ class SwapMixer(Surgery):
         kept = [role for role in ROLES if role not in fresh]
         stayed = f"slots {', '.join(kept)} kept their weights" if kept else "nothing of their weights was kept"
         anew = f" and {', '.join(fresh)} start anew" if kept and fresh else ""
-        return f"Put {plan.decisions['mixer']} in place of {count} mixers; {stayed}{anew}."
+        lost = plan.decisions.get("lost", [])
+        without = f"; it has no {', '.join(lost)}, which they had" if lost else ""
+        return f"Put {plan.decisions['mixer']} in place of {count} mixers; {stayed}{anew}{without}."
 
     def short(self, plan: Plan) -> str:
         return str(plan.decisions["mixer"])
@@ -121,8 +125,8 @@ def _chosen(model: Any, where: Any) -> list[str]:
     return [id for id in held if any(fnmatch.fnmatchcase(id, pattern) for pattern in patterns)]
 
 
-def _carried(old: Any, mixer: str) -> dict[str, Any]:
-    """The old mixer's settings that the new one takes as options."""
+def _settings(old: Any) -> dict[str, Any]:
+    """How the old mixer was set, by the names of options; without those that stand at nothing."""
     rule = getattr(old, "rule", None)
     norms = {"RMSNorm": "rmsnorm", "LayerNorm": "layernorm"}
     settings = {
@@ -139,8 +143,20 @@ def _carried(old: Any, mixer: str) -> dict[str, Any]:
         "scale": getattr(old, "scale", None),
         "dropout": getattr(old, "rate", 0.0),
     }
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _carried(old: Any, mixer: str) -> dict[str, Any]:
+    """The old mixer's settings that the new one takes as options."""
     taken = options_of(registry.resolve("mixer", mixer))
-    return {name: value for name, value in settings.items() if name in taken and value is not None}
+    return {name: value for name, value in _settings(old).items() if name in taken}
+
+
+def _lost(old: Any, mixer: str) -> list[str]:
+    """Settings that shape what the old mixer computes and that the new one has no option for."""
+    taken = options_of(registry.resolve("mixer", mixer))
+    shaping = ("window", "rotary", "distance", "qk_norm", "scale")
+    return [name for name in shaping if name in _settings(old) and name not in taken]
 
 
 def _laid(mixer: str, options: dict[str, Any], old: Any) -> Part:
