@@ -107,3 +107,25 @@ def test_what_does_not_fit_is_named() -> None:
         selective_scan(**{**tensors, "initial": tensors["initial"][:1]})
     with pytest.raises(SpecError, match="complex"):
         selective_scan(**{**tensors, "A": tensors["A"].to(torch.complex64)})
+
+
+@pytest.mark.skipif(native.library() is None, reason="the compiled ops were not built on this machine")
+def test_rows_beyond_the_tensor_are_refused() -> None:
+    tensors = drawn(2, 3, 4, 5, torch.float32)
+    with pytest.raises(SpecError, match="lengths must be 0 to 3"):
+        selective_scan(**tensors, lengths=torch.tensor([3, 4]))
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0), (0, 0)], ids=str)
+def test_empty_rows_keep_their_state(shape: tuple[int, int]) -> None:
+    tensors = drawn(*shape, 4, 5, torch.float32)
+    y, final = selective_scan(**tensors)
+    assert y.shape == (*shape, 4) and torch.equal(final, tensors["initial"])
+
+
+def test_undefined_tokens_stay_in_their_row() -> None:
+    tensors = drawn(2, 5, 4, 5, torch.float32)
+    tensors["x"][0, 2], tensors["delta"][1, 4] = torch.nan, torch.nan
+    y, final = selective_scan(**tensors, lengths=torch.tensor([5, 4]))
+    assert torch.isfinite(y[0, :2]).all() and torch.isnan(y[0, 2:]).all()
+    assert torch.isfinite(y[1]).all() and torch.isfinite(final[1]).all()

@@ -31,9 +31,13 @@ class Rows(NamedTuple):
     def of(cls, x: Tensor, lengths: Tensor | None, offsets: Tensor | None) -> Rows:
         if offsets is not None:
             borders = offsets.tolist()
+            if borders != sorted(borders) or borders[:1] != [0] or borders[-1] != x.shape[1]:
+                raise SpecError(f"offsets must rise from 0 to the {x.shape[1]} tokens of the packed row")
             return cls(borders[:-1], [stop - start for start, stop in pairwise(borders)], True)
         count, length = x.shape[:2]
         each = [length] * count if lengths is None else lengths.tolist()
+        if any(not 0 <= own <= length for own in each):
+            raise SpecError(f"lengths must be 0 to {length}, the tokens that a row of this call has")
         return cls([row * length for row in range(count)], each, lengths is None)
 
     def blank(self, like: Tensor, *more: int) -> Tensor:
