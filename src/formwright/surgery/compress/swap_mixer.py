@@ -2,7 +2,8 @@
 
 Query, key, value and output slots move over as they are, whatever kind of linear they hold; what the new mixer has
 besides starts from its own ``reset``, keyed by (seed, item). Options that both mixers take, such as heads, causal and
-rotary, carry over unless given; the plan names those that are lost. Outputs change, so healing follows; what is gained is the new mixer's cost in length.
+rotary, carry over unless given; the plan names those that are lost. Outputs change, so healing follows; what is gained
+is the new mixer's cost in length.
 """
 
 from __future__ import annotations
