@@ -133,7 +133,10 @@ def _read(path: Path) -> list[Entry]:
         return []
     module = ".".join(("formwright", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
     found = []
+    named: dict[str, ast.expr] = {}  # constants of the file, such as a paper that several names share
     for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            named[node.targets[0].id] = node.value
         if not isinstance(node, (ast.ClassDef, ast.FunctionDef)):
             continue
         doc = (ast.get_docstring(node) or "").strip().split("\n\n")[0].split("\n")[0]
@@ -146,6 +149,7 @@ def _read(path: Path) -> list[Entry]:
                 raise SpecError(f"{place}: register takes a kind ({', '.join(HOMES)}) and a name, both literal strings")
             options = {keyword.arg: keyword.value for keyword in call.keywords}
             paper = options.get("paper")
+            paper = named.get(paper.id) if isinstance(paper, ast.Name) else paper
             stated = None
             if isinstance(paper, ast.Call):
                 stated = Paper(
