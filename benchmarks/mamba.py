@@ -239,7 +239,10 @@ def prepare(
 
     def run(given: Tensor) -> np.ndarray:
         if how == "train":
-            loss = whole(given).square().mul(torch.linspace(0, 1, given.shape[1])[None, :, None]).mean()
+            out = whole(given)
+            # Squares would not do: behind the last norm their mean hardly depends on anything.
+            weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+            loss = (out * weights).mean()
             found = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, held)])
         else:
             with torch.inference_mode():

@@ -109,8 +109,9 @@ Every registered name, by kind, with the paper it comes from. `formwright catalo
 
 For the parts of a layer list the table also says what they promise, over the examples that the conformance suite
 builds: *causal* (no output depends on a later input), *streams* (any split of a text into calls gives what one pass
-gives), *packed* (texts end to end in one row, nothing crossing a border; others are unpacked around), and how exact
-the *gradient* is. "by options" means that it depends on how the part is configured.
+gives), *packed* (texts end to end in one row, nothing crossing a border; others are unpacked around), how exact the
+*gradient* is, and the *growth* of the products with the length. "by options" means that it depends on how the part is
+configured.
 """
 
 PROOFS = f"""{MARK}
