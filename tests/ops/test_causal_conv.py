@@ -55,6 +55,10 @@ def test_what_does_not_fit_is_named() -> None:
         causal_conv(drawn(1, 4, 5), drawn(5, 9))
     with pytest.raises(SpecError, match="weight is for"):
         causal_conv(drawn(1, 4, 6), drawn(5, 3))
+    with pytest.raises(SpecError, match="bias has shape"):
+        causal_conv(drawn(1, 4, 5), drawn(5, 3), drawn(1))
+    with pytest.raises(SpecError, match="initial has shape"):
+        causal_conv(drawn(1, 4, 5), drawn(5, 3), initial=drawn(1, 3, 5))
 
 
 def with_gradients(run, tensors: list[Tensor]) -> list[Tensor]:

@@ -48,7 +48,7 @@ def causal_conv(
     window, so that ``initial`` and the result are (S, K-1, C). ``silu``: apply x * sigmoid(x) at the end. Raises
     SpecError where shapes do not fit or K is not 2 .. 8.
     """
-    check(x, weight, lengths, offsets, initial)
+    check(x, weight, bias, lengths, offsets, initial)
     if initial is None:
         initial = x.new_zeros(row_count(x, offsets), weight.shape[1] - 1, x.shape[2])
     tensors = Tensors(x, weight, bias, initial)
@@ -72,12 +72,14 @@ def _general(tensors: Tensors, lengths: Tensor | None, offsets: Tensor | None, s
     return repack(y, offsets), final
 
 
-def check(x: Tensor, weight: Tensor, lengths: Tensor | None, offsets: Tensor | None, initial: Tensor | None) -> None:
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, lengths: Any, offsets: Any, initial: Tensor | None) -> None:
     channels, taps = weight.shape
     if not 2 <= taps <= WIDEST:
         raise SpecError(f"causal_conv: a kernel of {taps} taps is not 2 to {WIDEST}")
     if x.dim() != 3 or x.shape[2] != channels:
         raise SpecError(f"causal_conv: x has shape {tuple(x.shape)}, but the weight is for (B, L, {channels})")
+    if bias is not None and bias.shape != (channels,):
+        raise SpecError(f"causal_conv: bias has shape {tuple(bias.shape)}, not ({channels},)")
     check_rows("causal_conv", x, lengths, offsets, initial)
     if initial is not None and initial.shape[1:] != (taps - 1, channels):
         raise SpecError(f"causal_conv: initial has shape {tuple(initial.shape)}, not (rows, {taps - 1}, {channels})")
