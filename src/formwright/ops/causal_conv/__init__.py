@@ -3,18 +3,23 @@
     y_t[c] = act(bias[c] + sum_j weight[c, j] x_{t-K+1+j}[c])
 
 The last tap multiplies the present token. Recurrent mixers put one before their recurrence (Gu and Dao, 2023,
-2312.00752; Poli et al., 2023, 2302.10866). ``reference`` is the definition; the general form adds K shifted products.
+2312.00752; Poli et al., 2023, 2302.10866). ``reference`` is the definition, ``shifted`` the
+general form, a sum of K shifted products, ``native`` a compiled one that reads and writes every token once.
 Cost: K multiply-adds a token and channel, no products of matrices; state: the last K-1 tokens.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from formwright.kit.errors import SpecError
+from formwright.ops.causal_conv.native import NativeConv, Tensors, native_conv, usable
 from formwright.ops.causal_conv.reference import causal_conv_reference
 from formwright.ops.causal_conv.shifted import shifted_conv
-from formwright.ops.rows import check_rows, repack, row_count, unpack
+from formwright.ops.rows import Rows, check_rows, repack, row_count, unpack
 from formwright.registry import Paper, register
 
 __all__ = ["causal_conv", "causal_conv_reference"]
@@ -43,21 +48,38 @@ def causal_conv(
     window, so that ``initial`` and the result are (S, K-1, C). ``silu``: apply x * sigmoid(x) at the end. Raises
     SpecError where shapes do not fit or K is not 2 .. 8.
     """
-    check(x, weight, lengths, offsets, initial)
+    check(x, weight, bias, lengths, offsets, initial)
     if initial is None:
         initial = x.new_zeros(row_count(x, offsets), weight.shape[1] - 1, x.shape[2])
+    tensors = Tensors(x, weight, bias, initial)
+
+    def general(*tensors: Any) -> tuple[Tensor, Tensor]:
+        return _general(Tensors(*tensors), lengths, offsets, silu)
+
+    if not usable(*tensors):
+        return general(*tensors)
+    rows = Rows.of(x, lengths, offsets)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return NativeConv.apply(rows, silu, general, *tensors)
+    return native_conv(tensors, rows, silu)
+
+
+def _general(tensors: Tensors, lengths: Tensor | None, offsets: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
+    """The shifted form in either layout."""
     if offsets is None:
-        return shifted_conv(x, weight, bias, initial, lengths, silu)
-    y, final = shifted_conv(unpack(x, offsets), weight, bias, initial, offsets.diff(), silu)
+        return shifted_conv(*tensors, lengths, silu)
+    y, final = shifted_conv(*tensors._replace(x=unpack(tensors.x, offsets)), offsets.diff(), silu)
     return repack(y, offsets), final
 
 
-def check(x: Tensor, weight: Tensor, lengths: Tensor | None, offsets: Tensor | None, initial: Tensor | None) -> None:
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, lengths: Any, offsets: Any, initial: Tensor | None) -> None:
     channels, taps = weight.shape
     if not 2 <= taps <= WIDEST:
         raise SpecError(f"causal_conv: a kernel of {taps} taps is not 2 to {WIDEST}")
     if x.dim() != 3 or x.shape[2] != channels:
         raise SpecError(f"causal_conv: x has shape {tuple(x.shape)}, but the weight is for (B, L, {channels})")
+    if bias is not None and bias.shape != (channels,):
+        raise SpecError(f"causal_conv: bias has shape {tuple(bias.shape)}, not ({channels},)")
     check_rows("causal_conv", x, lengths, offsets, initial)
     if initial is not None and initial.shape[1:] != (taps - 1, channels):
         raise SpecError(f"causal_conv: initial has shape {tuple(initial.shape)}, not (rows, {taps - 1}, {channels})")

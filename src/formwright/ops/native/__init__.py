@@ -81,3 +81,21 @@ def usable(*tensors: Tensor) -> bool:
         if type(t) not in PLAIN or t.dtype != torch.float32 or not t.is_cpu or (grads and t.requires_grad):
             return False
     return True
+
+
+def even(t: Tensor) -> Tensor:
+    """(B, L, F) whose last axis is contiguous and whose tokens lie at one distance, across rows too."""
+    even = t.shape[0] <= 1 or t.stride(0) == t.shape[1] * t.stride(1)
+    return t if even and (t.stride(2) == 1 or t.shape[2] <= 1) else t.contiguous()
+
+
+def differentiated(general: Any, tensors: list, wanted: Any, grads: tuple) -> list[Tensor | None]:
+    """Gradients of ``general(*tensors)`` with a graph of their own, None where none is wanted."""
+    outputs = [(out, grad) for out, grad in zip(general(*tensors), grads) if grad is not None]
+    needed = [t for t, want in zip(tensors, wanted) if want]
+    found = iter(
+        torch.autograd.grad(
+            [out for out, _ in outputs], needed, [grad for _, grad in outputs], create_graph=True, allow_unused=True
+        )
+    )
+    return [next(found) if want else None for want in wanted]

@@ -80,18 +80,12 @@ class _Run:
             if tensor is None:
                 continue
             if name in STRIDED:
-                tensor = _even(tensor)
+                tensor = native.even(tensor)
                 setattr(self.call, name, _Tokens(tensor.data_ptr(), tensor.stride(1)))
             else:
                 tensor = tensor.contiguous()
                 setattr(self.call, name, tensor.data_ptr())
             self.held.append(tensor)
-
-
-def _even(t: Tensor) -> Tensor:
-    """(B, L, F) whose last axis is contiguous and whose tokens lie at one distance, across rows too."""
-    even = t.shape[0] <= 1 or t.stride(0) == t.shape[1] * t.stride(1)
-    return t if even and (t.stride(2) == 1 or t.shape[2] <= 1) else t.contiguous()
 
 
 def usable(*tensors: Tensor | None) -> bool:
@@ -154,20 +148,8 @@ class NativeScan(torch.autograd.Function):
         *tensors, kept = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():
-            grads = differentiated(ctx.general, tensors, wanted, (grad_y, grad_final))
+            grads = native.differentiated(ctx.general, tensors, wanted, (grad_y, grad_final))
         else:
             grad_y = torch.zeros_like(tensors[0]) if grad_y is None else grad_y
             grads = native_scan_backward(grad_y, grad_final, kept, Tensors(*tensors), ctx.rows, ctx.softplus)
         return None, None, None, *(grad if want else None for grad, want in zip(grads, wanted))
-
-
-def differentiated(general: Any, tensors: list, wanted: Any, grads: tuple) -> list[Tensor | None]:
-    """Gradients of ``general(*tensors)`` with a graph of their own, None where none is wanted."""
-    outputs = [(out, grad) for out, grad in zip(general(*tensors), grads) if grad is not None]
-    needed = [t for t, want in zip(tensors, wanted) if want]
-    found = iter(
-        torch.autograd.grad(
-            [out for out, _ in outputs], needed, [grad for _, grad in outputs], create_graph=True, allow_unused=True
-        )
-    )
-    return [next(found) if want else None for want in wanted]
