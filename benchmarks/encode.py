@@ -150,7 +150,7 @@ def main() -> None:
         for line in made:
             name = line["contender"]
             line |= {"neighbours": neighbours(vectors[name], vectors[PEER]), "ready": workers[name].ready}
-            line |= judged.get(name, {})
+            line |= {**judged.get(name, {}), "texts": sum(map(len, rows))}
         about = {key: made[0][key] for key in ("benchmark", "shape", "machine")}
         lines += made
         lines += [{**about, "contender": name, "wrong": f"did not run: {why}"} for name, why in refused.items()]

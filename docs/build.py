@@ -135,15 +135,16 @@ The contenders of a shape alternate in one run with one thread budget, each in a
 float32 reference is checked before anything is timed. A ratio above 1 is faster, by medians; beside it by the best
 rounds, and the spread of the rounds. The fastest comes first, and what could not run says why.
 
-*Encode* is all-MiniLM-L6-v2 on the same ids in the same batches: *full* is 32 rows of 128 tokens, *natural* 512
-documents of `retrieval/stdlib` sorted by length, 32 a batch, *single* one query. Cosine is the mean to the float32
+*Encode* is all-MiniLM-L6-v2 on the same ids in the same batches: *full* is 32 rows of 128 tokens, *natural* documents
+of `retrieval/stdlib` sorted by length, 32 a batch, *single* one query. Cosine is the mean to the float32
 vectors of `transformers`; same neighbour the share of texts whose nearest other text stays the same; metric kept the
-share of its MRR@10 on the task's test split, with the standard error of the paired difference. A contender called by a
+share of its MRR@10 on the task's test split, scored apart from the times, with the standard error of the paired
+difference. A contender called by a
 directory is what `slim` wrote there. Ready in is what importing, loading and converting took.
 
 What bounds *single*: the processes take turns, so each finds its weights (11 MB in 8 bits) and its code in no cache. By
-itself, a query of six tokens takes Formwright's 8-bit model 0.95 ms on this machine, 0.4 of them in the one compiled
-call for all layers and the rest in Python, which suffers most from cold caches.
+itself, a query of six tokens takes Formwright's 8-bit model about 1 ms on this machine, 0.4 of them in the one compiled
+call for all layers and the rest in Python.
 
     python docs/build.py --bench        (after pip install -e ".[bench]")
 """
@@ -323,7 +324,7 @@ def composition_page() -> str:
 
 
 #: Benchmark -> its options for the page. Peers that are not installed are listed with the reason.
-BENCHES = {"encode": ["--peers", "--score", "--texts", "512"], "start": []}
+BENCHES = {"encode": ["--peers", "--score", "--texts", "1000"], "start": []}
 
 
 def benchmark_lines(files: list[str]) -> list[dict[str, Any]]:
@@ -346,7 +347,9 @@ def benchmarks_page(files: list[str]) -> str:
         about = f"{here['cpu']}, {here['threads']} threads, {', '.join(here['flags'])}; torch {here['torch']}"
         text += [f"## {name}", "", f"{about}; load {here['load']} when it ended.", ""]
         for shape in dict.fromkeys(line["shape"] for line in lines):
-            text += [f"### {shape}", "", benchmark_table([line for line in lines if line["shape"] == shape]), ""]
+            raced = [line for line in lines if line["shape"] == shape]
+            texts = next((f", texts: {line['texts']:,}" for line in raced if "texts" in line), "")
+            text += [f"### {shape}{texts}", "", benchmark_table(raced), ""]
     return "\n".join(text).rstrip() + "\n"
 
 
