@@ -16,13 +16,9 @@ from formwright.ops.rows import Rows
 STRIDED = ("x", "grad_y")
 
 
-class _Tokens(ctypes.Structure):
-    _fields_ = (("data", c_void_p), ("stride", c_int64))
-
-
 class _Call(ctypes.Structure):
     _fields_ = (
-        *((name, _Tokens) for name in STRIDED),
+        *((name, native.Tokens) for name in STRIDED),
         *((name, c_void_p) for name in ("weight", "bias", "initial", "grad_final")),
         *((name, c_void_p) for name in ("y", "final")),
         *((f"grad_{name}", c_void_p) for name in ("x", "taps", "initial")),
@@ -64,7 +60,7 @@ class _Run:
                 continue
             if name in STRIDED:
                 tensor = native.even(tensor)
-                setattr(self.call, name, _Tokens(tensor.data_ptr(), tensor.stride(1)))
+                setattr(self.call, name, native.Tokens(tensor.data_ptr(), tensor.stride(1)))
             else:
                 tensor = tensor.contiguous()
                 setattr(self.call, name, tensor.data_ptr())

@@ -5,7 +5,6 @@ The state of a block stays in registers. Products are in full float32 precision.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -14,10 +13,6 @@ from torch import Tensor
 CHUNK = 32
 #: Columns of values that one program takes.
 COLUMNS = 32
-
-
-def available() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def causal_product_triton(

@@ -22,6 +22,12 @@ LEVELS = ("portable", "avx2", "avx512-vnni")
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
+class Tokens(ctypes.Structure):
+    """A tensor whose rows of channels are ``stride`` values apart, as a struct of the library."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("stride", ctypes.c_int64))
+
+
 @functools.lru_cache(maxsize=1)
 def library() -> Any:
     """The loaded library, or None."""

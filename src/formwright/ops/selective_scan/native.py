@@ -22,13 +22,9 @@ WIDTH = 16
 STRIDED = ("x", "delta", "B", "C", "z", "grad_y")
 
 
-class _Tokens(ctypes.Structure):
-    _fields_ = (("data", c_void_p), ("stride", c_int64))
-
-
 class _Call(ctypes.Structure):
     _fields_ = (
-        *((name, _Tokens) for name in STRIDED),
+        *((name, native.Tokens) for name in STRIDED),
         *((name, c_void_p) for name in ("A", "D", "initial", "grad_final")),
         *((name, c_void_p) for name in ("y", "final", "kept")),
         *((f"grad_{name}", c_void_p) for name in ("x", "delta", "z", "A", "B", "C", "D", "initial")),
@@ -81,7 +77,7 @@ class _Run:
                 continue
             if name in STRIDED:
                 tensor = native.even(tensor)
-                setattr(self.call, name, _Tokens(tensor.data_ptr(), tensor.stride(1)))
+                setattr(self.call, name, native.Tokens(tensor.data_ptr(), tensor.stride(1)))
             else:
                 tensor = tensor.contiguous()
                 setattr(self.call, name, tensor.data_ptr())

@@ -13,12 +13,12 @@ more than the pairs that are seen; memory linear in the length. A row does not d
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from formwright.ops.gpu import on_gpu
 from formwright.ops.window_attention import native
 from formwright.ops.window_attention.blocked import window_attention_blocked
 from formwright.ops.window_attention.reference import window_attention_reference, window_probs
@@ -71,7 +71,7 @@ def window_attention(
 
 def _on_gpu(q: Tensor, k: Tensor, v: Tensor, seen: Spans) -> bool:
     """Whether the kernels for a GPU take these: no double precision, something to do, nobody tracing or counting."""
-    if not q.is_cuda or importlib.util.find_spec("triton") is None:
+    if not on_gpu(q):
         return False
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
     single = all(t.dtype == q.dtype != torch.float64 for t in (q, k, v))
