@@ -1,9 +1,10 @@
 // 8-bit linear maps: quantise rows, multiply integers exactly, finish in float; one pass over memory where it can be.
 //
 // y = act(s_x s_w (q_x q_w^T) + bias + kept columns), with the definition's float32 arithmetic (reference.py), and
-// optionally the rest of a residual sublayer: LayerNorm(residual + y). A whole MLP (up, activation, down) is one call:
-// the hidden values of a block of rows never leave the second-level cache. So is a whole attention sublayer: what its
-// four steps would cost beside the work (calls, checks, views) is what a short text mostly waits for.
+// optionally the rest of a residual sublayer: LayerNorm(residual + y). Whole sublayers are one call: all that happens
+// row by row from one attention to the next (its output map, the MLPs, the query, key and value maps of what follows)
+// is done for a block of rows before the next block, so that only the stream leaves the second-level cache, and a row
+// is normalised and quantised while it is in the first.
 //
 // VNNI multiplies unsigned by signed bytes and adds four products in 32 bits. The broadcast operand is the signed one,
 // so inputs stay signed and weights carry +128; 128 times the sum of a row of inputs is taken off again. AVX2 and
@@ -14,6 +15,7 @@
 
 namespace {
 
+using fw::Norm;
 using fw::Tail;
 using fw::Weight;
 
@@ -36,7 +38,7 @@ struct Narrow {
   using Input = int16_t;
   static constexpr int64_t N = 16, G = 2, R = 4;
 
-  static void quantise(const float* x, int64_t in, Input* q, int64_t wide, float* step, int32_t* sum) {
+  static float reach(const float* x, int64_t in) {
     uint32_t most = 0;
     for (int64_t k = 0; k < in; ++k) {
       uint32_t bits;
@@ -44,8 +46,12 @@ struct Narrow {
       bits &= 0x7fffffffu;
       most = bits > most ? bits : most;
     }
-    float reach;
-    std::memcpy(&reach, &most, 4);
+    float found;
+    std::memcpy(&found, &most, 4);
+    return found;
+  }
+
+  static void quantise(const float* x, int64_t in, float reach, Input* q, int64_t wide, float* step, int32_t* sum) {
     const float unit = per_unit(reach);
     const bool defined = unit == unit;
     int32_t total = 0;
@@ -81,17 +87,20 @@ struct Narrow {
       }
   }
 
-  static void tail(const Tail& t, const float* residual, float* y, int64_t columns) {
-    if (residual != nullptr)
-      for (int64_t c = 0; c < columns; ++c) y[c] += residual[c];
-    if (t.gain == nullptr) return;
+  static float normalise(const Norm& norm, const float* x, float* y, int64_t columns) {
     double mean = 0.0, square = 0.0;
-    for (int64_t c = 0; c < columns; ++c) mean += y[c];
+    for (int64_t c = 0; c < columns; ++c) mean += x[c];
     mean /= static_cast<double>(columns);
-    for (int64_t c = 0; c < columns; ++c) square += (y[c] - mean) * (y[c] - mean);
-    const float scale = static_cast<float>(1.0 / std::sqrt(square / static_cast<double>(columns) + t.eps));
+    for (int64_t c = 0; c < columns; ++c) square += (x[c] - mean) * (x[c] - mean);
+    const float scale = static_cast<float>(1.0 / std::sqrt(square / static_cast<double>(columns) + norm.eps));
     for (int64_t c = 0; c < columns; ++c)
-      y[c] = (y[c] - static_cast<float>(mean)) * scale * t.gain[c] + (t.shift != nullptr ? t.shift[c] : 0.0f);
+      y[c] = (x[c] - static_cast<float>(mean)) * scale * norm.gain[c] + (norm.shift != nullptr ? norm.shift[c] : 0.0f);
+    return reach(y, columns);
+  }
+
+  static float settle(const float* residual, const float* made, const Norm& norm, float* y, int64_t columns) {
+    for (int64_t c = 0; c < columns; ++c) y[c] = residual != nullptr ? made[c] + residual[c] : made[c];
+    return norm.gain != nullptr ? normalise(norm, y, y, columns) : reach(y, columns);
   }
 };
 
@@ -195,16 +204,25 @@ static FW_INLINE __m512 activated(__m512 v, int activation) {
   }
 }
 
-static void quantise512(const float* x, int64_t in, int8_t* q, int64_t wide, float* step, int32_t* sum) {
-  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-  __m512i most = _mm512_setzero_si512();
-  for (int64_t k = 0; k < in; k += 16) {
-    const __m512 v = _mm512_maskz_loadu_ps(first512(in - k), x + k);
-    most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_castps_si512(v), magnitude));  // NaN is above infinity
-  }
+// The largest magnitudes so far, as bits: NaN is above infinity.
+static FW_INLINE __m512i larger512(__m512i most, __m512 v) {
+  return _mm512_max_epi32(most, _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)));
+}
+
+static FW_INLINE float largest512(__m512i most) {
   const int32_t bits = _mm512_reduce_max_epi32(most);
-  float reach;
-  std::memcpy(&reach, &bits, 4);
+  float found;
+  std::memcpy(&found, &bits, 4);
+  return found;
+}
+
+static float reach512(const float* x, int64_t in) {
+  __m512i most = _mm512_setzero_si512();
+  for (int64_t k = 0; k < in; k += 16) most = larger512(most, _mm512_maskz_loadu_ps(first512(in - k), x + k));
+  return largest512(most);
+}
+
+static void quantise512(const float* x, int64_t in, float reach, int8_t* q, int64_t wide, float* step, int32_t* sum) {
   const float unit = per_unit(reach);
   const __mmask16 defined = unit == unit ? 0xffff : 0;
   const __m512 factor = _mm512_set1_ps(unit);
@@ -284,34 +302,48 @@ static void panel512(const Weight& w, int64_t at, const int8_t* q, int64_t wide,
 #undef FW_REST
 }
 
-static void tail512(const Tail& t, const float* residual, float* y, int64_t columns) {
-  __m512 total = _mm512_setzero_ps();
-  for (int64_t c = 0; c < columns; c += 16) {
-    const __mmask16 mask = first512(columns - c);
-    __m512 v = _mm512_maskz_loadu_ps(mask, y + c);
-    if (residual != nullptr) {
-      v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, residual + c));
-      _mm512_mask_storeu_ps(y + c, mask, v);
-    }
-    total = _mm512_add_ps(total, v);
-  }
-  if (t.gain == nullptr) return;
+// x of the sum `total`, normalised into y (which may be x) -> its reach.
+static FW_INLINE float normalised512(const Norm& norm, const float* x, __m512 total, float* y, int64_t columns) {
   const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(total) / static_cast<float>(columns));
   __m512 square = _mm512_setzero_ps();
   for (int64_t c = 0; c < columns; c += 16) {
     const __mmask16 mask = first512(columns - c);
-    const __m512 v = _mm512_maskz_sub_ps(mask, _mm512_maskz_loadu_ps(mask, y + c), mean);
+    const __m512 v = _mm512_maskz_sub_ps(mask, _mm512_maskz_loadu_ps(mask, x + c), mean);
     square = _mm512_fmadd_ps(v, v, square);
   }
   const float variance = _mm512_reduce_add_ps(square) / static_cast<float>(columns);
-  const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(variance + t.eps));
+  const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(variance + norm.eps));
+  __m512i most = _mm512_setzero_si512();
   for (int64_t c = 0; c < columns; c += 16) {
     const __mmask16 mask = first512(columns - c);
-    __m512 v = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, y + c), mean), scale);
-    const __m512 shift = t.shift == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, t.shift + c);
-    v = _mm512_fmadd_ps(v, _mm512_maskz_loadu_ps(mask, t.gain + c), shift);
+    __m512 v = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + c), mean), scale);
+    const __m512 shift = norm.shift == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, norm.shift + c);
+    v = _mm512_maskz_fmadd_ps(mask, v, _mm512_maskz_loadu_ps(mask, norm.gain + c), shift);
     _mm512_mask_storeu_ps(y + c, mask, v);
+    most = larger512(most, v);
   }
+  return largest512(most);
+}
+
+static float normalise512(const Norm& norm, const float* x, float* y, int64_t columns) {
+  __m512 total = _mm512_setzero_ps();
+  for (int64_t c = 0; c < columns; c += 16)
+    total = _mm512_add_ps(total, _mm512_maskz_loadu_ps(first512(columns - c), x + c));
+  return normalised512(norm, x, total, y, columns);
+}
+
+static float settle512(const float* residual, const float* made, const Norm& norm, float* y, int64_t columns) {
+  __m512i most = _mm512_setzero_si512();
+  __m512 total = _mm512_setzero_ps();
+  for (int64_t c = 0; c < columns; c += 16) {
+    const __mmask16 mask = first512(columns - c);
+    __m512 v = _mm512_maskz_loadu_ps(mask, made + c);
+    if (residual != nullptr) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, residual + c));
+    _mm512_mask_storeu_ps(y + c, mask, v);
+    most = larger512(most, v);
+    total = _mm512_add_ps(total, v);
+  }
+  return norm.gain == nullptr ? largest512(most) : normalised512(norm, y, total, y, columns);
 }
 
 FW_END
@@ -319,15 +351,19 @@ FW_END
 struct Vnni {
   using Input = int8_t;
   static constexpr int64_t N = 64, G = 4;
-  static void quantise(const float* x, int64_t in, Input* q, int64_t wide, float* step, int32_t* sum) {
-    quantise512(x, in, q, wide, step, sum);
+  static float reach(const float* x, int64_t in) { return reach512(x, in); }
+  static void quantise(const float* x, int64_t in, float reach, Input* q, int64_t wide, float* step, int32_t* sum) {
+    quantise512(x, in, reach, q, wide, step, sum);
   }
   static void panel(const Weight& w, int64_t at, const Input* q, int64_t wide, const float* step, const int32_t* sum,
                     const float* kept, int64_t rows, float* y, int64_t ld, int activation) {
     panel512(w, at, q, wide, step, sum, kept, rows, y, ld, activation);
   }
-  static void tail(const Tail& t, const float* residual, float* y, int64_t columns) {
-    tail512(t, residual, y, columns);
+  static float normalise(const Norm& norm, const float* x, float* y, int64_t columns) {
+    return normalise512(norm, x, y, columns);
+  }
+  static float settle(const float* residual, const float* made, const Norm& norm, float* y, int64_t columns) {
+    return settle512(residual, made, norm, y, columns);
   }
 };
 
@@ -339,118 +375,184 @@ struct Vnni {
 template <typename Kernel>
 int64_t width_of(int64_t in) { return up_to(in, 64 / static_cast<int64_t>(sizeof(typename Kernel::Input))); }
 
-// A block of inputs, quantised, without the columns that are kept in float.
+// Rows of inputs for a weight, quantised, without the columns that it keeps in float.
 template <typename Kernel>
-struct Block {
-  typename Kernel::Input* q;
-  float *step, *kept;
-  int32_t* sum;
-  int64_t wide;
-
-  static size_t bytes(int64_t rows, int64_t in, int64_t outliers) {
-    return rows * width_of<Kernel>(in) * sizeof(typename Kernel::Input) + rows * (8 + 4 * outliers) + in * 4 + 256;
-  }
-
-  Block(void* memory, int64_t rows, int64_t in, int64_t outliers) : wide(width_of<Kernel>(in)) {
-    q = static_cast<typename Kernel::Input*>(memory);
+class Block {
+ public:
+  Block(int slot, int64_t rows, const Weight& weight) : w(weight), wide(width_of<Kernel>(weight.in)) {
+    const size_t bytes = rows * wide * sizeof(Input) + rows * (8 + 4 * w.outliers) + w.in * 4;
+    q = static_cast<Input*>(fw::scratch(slot, bytes));
     step = reinterpret_cast<float*>(q + rows * wide);
     sum = reinterpret_cast<int32_t*>(step + rows);
     kept = reinterpret_cast<float*>(sum + rows);
-    row = kept + rows * outliers;
+    row = kept + rows * w.outliers;
   }
 
-  void fill(const Weight& w, const float* x, int64_t ld, int64_t rows) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* source = x + r * ld;
-      if (w.outliers > 0) {
-        std::memcpy(row, source, w.in * 4);
-        for (int64_t i = 0; i < w.outliers; ++i) {
-          kept[r * w.outliers + i] = row[w.columns[i]];
-          row[w.columns[i]] = 0.0f;
-        }
-        source = row;
+  // Row r, from its values and their reach.
+  void put(int64_t r, const float* x, float reach) {
+    if (w.outliers > 0) {
+      if (x != row) std::memcpy(row, x, w.in * 4);
+      for (int64_t i = 0; i < w.outliers; ++i) {
+        kept[r * w.outliers + i] = row[w.columns[i]];
+        row[w.columns[i]] = 0.0f;
       }
-      Kernel::quantise(source, w.in, q + r * wide, wide, step + r, sum + r);
+      x = row, reach = Kernel::reach(row, w.in);
     }
+    Kernel::quantise(x, w.in, reach, q + r * wide, wide, step + r, sum + r);
+  }
+
+  // The same of values that are normalised first, where there is a norm.
+  void put(int64_t r, const float* x, const Norm& norm, float reach) {
+    if (norm.gain == nullptr) return put(r, x, reach);
+    reach = Kernel::normalise(norm, x, row, w.in);
+    put(r, row, reach);
+  }
+
+  void fill(const float* x, int64_t rows, const Norm& norm) {
+    for (int64_t r = 0; r < rows; ++r, x += w.in) put(r, x, norm, norm.gain ? 0.0f : Kernel::reach(x, w.in));
+  }
+
+  // y (rows, out) = act(w x) for some panels of a weight that reads the same columns.
+  void multiply(const Weight& by, int64_t panel, int64_t rows, float* y, int activation) const {
+    Kernel::panel(by, panel, q, wide, step, sum, kept, rows, y, by.out, activation);
   }
 
  private:
-  float* row;
+  using Input = typename Kernel::Input;
+  const Weight& w;
+  int64_t wide;
+  Input* q;
+  float *step, *kept, *row;
+  int32_t* sum;
+};
+
+// y[i] (rows, out) = act(w[i] x), panel by panel over threads.
+template <typename Kernel>
+void multiply(const Weight* w, int64_t count, const Block<Kernel>& x, int64_t rows, float* const* y, int activation,
+              int threads) {
+  int64_t panels = 0;
+  for (int64_t i = 0; i < count; ++i) panels += (w[i].out + Kernel::N - 1) / Kernel::N;
+  fw::parallel(panels, 1, threads, [&](int64_t first, int64_t last) {
+    for (int64_t i = 0, start = 0; i < count; ++i) {
+      const int64_t stop = start + (w[i].out + Kernel::N - 1) / Kernel::N;
+      for (int64_t at = first > start ? first : start; at < (last < stop ? last : stop); ++at)
+        x.multiply(w[i], at - start, rows, y[i], activation);
+      start = stop;
+    }
+  });
+}
+
+// work(first, rows, threads) for every block of rows; few rows are one block, and threads share its outputs.
+template <typename Work>
+void by_rows(int64_t rows, int threads, const Work& work) {
+  if (rows < BLOCK * threads) return work(int64_t{0}, rows, threads);
+  fw::parallel((rows + BLOCK - 1) / BLOCK, 1, threads, [&](int64_t from, int64_t to) {
+    for (int64_t first = from * BLOCK; first < to * BLOCK && first < rows; first += BLOCK)
+      work(first, rows - first < BLOCK ? rows - first : BLOCK, 1);
+  });
+}
+
+constexpr Norm PLAIN = {nullptr, nullptr, 0.0f};
+
+// Weights that read the same input and leave out the same columns.
+template <typename Kernel>
+void linear(const Weight* w, int64_t count, const float* x, int64_t rows, float* const* y, const Tail& tail,
+            int threads) {
+  by_rows(rows, threads, [&](int64_t first, int64_t held, int inside) {
+    Block<Kernel> block(0, held, *w);
+    block.fill(x + first * w->in, held, PLAIN);
+    float* to[3];
+    for (int64_t i = 0; i < count; i += 3) {
+      const int64_t some = count - i < 3 ? count - i : 3;
+      for (int64_t j = 0; j < some; ++j) to[j] = y[i + j] + first * w[i + j].out;
+      multiply(w + i, some, block, held, to, NONE, inside);
+    }
+    if (tail.residual == nullptr && tail.norm.gain == nullptr) return;
+    for (int64_t r = first; r < first + held; ++r) {
+      const float* residual = tail.residual == nullptr ? nullptr : tail.residual + r * w->out;
+      Kernel::settle(residual, y[0] + r * w->out, tail.norm, y[0] + r * w->out, w->out);
+    }
+  });
+}
+
+// A sublayer: attention of packed documents by q, k, v, o, or up and down with an activation between. `joins`: the
+// residual is added. The norm comes before all that, or after it.
+struct Step {
+  Weight weights[4];
+  Norm norm;
+  int64_t heads, groups, width;  // no heads: up and down
+  float scale;
+  int causal, rounded, activation, joins, before;
+
+  const Norm& enters() const { return before ? norm : PLAIN; }
+  const Norm& leaves() const { return before ? PLAIN : norm; }
+};
+
+// What runs row by row: the output map of an attention (`opens`, over what it mixed), MLPs, and the query, key and
+// value maps of the next attention (`closes`); either may be missing. The stream enters as `x`, to which the first
+// sublayer's residual belongs, and is `y` from the first sublayer's end on.
+struct Stretch {
+  const Step *opens, *steps, *closes;
+  int64_t count;
+  const float *x, *residual, *mixed;
+  float *y, *q, *k, *v;
 };
 
 template <typename Kernel>
-void multiply(const Weight& w, const Block<Kernel>& x, int64_t first, int64_t last, int64_t rows, float* y, int64_t ld,
-              int activation) {
-  for (int64_t at = first; at < last; ++at)
-    Kernel::panel(w, at, x.q, x.wide, x.step, x.sum, x.kept, rows, y, ld, activation);
-}
+class Rows {
+ public:
+  Rows(const Stretch& stretch, int64_t first, int64_t held, int threads)
+      : s(stretch), first(first), held(held), threads(threads), residual(stretch.residual) {}
 
-template <typename Kernel>
-int64_t panels(const Weight& w) { return (w.out + Kernel::N - 1) / Kernel::N; }
-
-template <typename Kernel>
-void finish_rows(const Tail& tail, int64_t first, int64_t rows, float* y, int64_t columns) {
-  if (tail.residual == nullptr && tail.gain == nullptr) return;
-  for (int64_t r = 0; r < rows; ++r)
-    Kernel::tail(tail, tail.residual == nullptr ? nullptr : tail.residual + (first + r) * columns, y + r * columns,
-                 columns);
-}
-
-// Weights that read the same input and leave out the same columns. Few rows are split by outputs, many by rows.
-template <typename Kernel>
-void linear(const Weight* w, int64_t count, const float* x, int64_t rows, float* const* y, const Tail& tail,
-            int activation, int threads) {
-  const Weight& one = w[0];
-  if (rows < BLOCK * threads) {
-    Block<Kernel> block(fw::scratch(0, Block<Kernel>::bytes(rows, one.in, one.outliers)), rows, one.in, one.outliers);
-    block.fill(one, x, one.in, rows);
-    for (int64_t i = 0; i < count; ++i)
-      fw::parallel(panels<Kernel>(w[i]), 2, threads, [&](int64_t first, int64_t last) {
-        multiply<Kernel>(w[i], block, first, last, rows, y[i], w[i].out, activation);
-      });
-    finish_rows<Kernel>(tail, 0, rows, y[0], one.out);
-    return;
-  }
-  fw::parallel((rows + BLOCK - 1) / BLOCK, 1, threads, [&](int64_t from, int64_t to) {
-    for (int64_t b = from; b < to; ++b) {
-      const int64_t first = b * BLOCK, held = rows - first < BLOCK ? rows - first : BLOCK;
-      Block<Kernel> block(fw::scratch(0, Block<Kernel>::bytes(BLOCK, one.in, one.outliers)), BLOCK, one.in,
-                          one.outliers);
-      block.fill(one, x + first * one.in, one.in, held);
-      for (int64_t i = 0; i < count; ++i)
-        multiply<Kernel>(w[i], block, 0, panels<Kernel>(w[i]), held, y[i] + first * w[i].out, w[i].out, activation);
-      finish_rows<Kernel>(tail, first, held, y[0] + first * one.out, one.out);
+  void run() {
+    if (s.opens != nullptr) {
+      const Weight& o = s.opens->weights[3];
+      Block<Kernel> mixed(0, held, o);
+      mixed.fill(s.mixed + first * o.in, held, PLAIN);
+      end(*s.opens, o, mixed, s.count > 0 ? s.steps : s.closes);
+    } else {
+      const Step& begins = s.count > 0 ? *s.steps : *s.closes;
+      Block<Kernel>(0, held, begins.weights[0]).fill(s.x + first * begins.weights[0].in, held, begins.enters());
     }
-  });
-}
-
-template <typename Kernel>
-void mlp(const Weight& up, const Weight& down, const float* x, int64_t rows, float* y, const Tail& tail,
-         int activation, int threads) {
-  const int64_t hidden = up.out;
-  if (rows < BLOCK * threads) {
-    float* values = static_cast<float*>(fw::scratch(1, rows * hidden * 4));
-    float* to[1] = {values};
-    linear<Kernel>(&up, 1, x, rows, to, Tail{nullptr, nullptr, nullptr, 0.0f}, activation, threads);
-    float* out[1] = {y};
-    linear<Kernel>(&down, 1, values, rows, out, tail, NONE, threads);
-    return;
+    for (int64_t i = 0; i < s.count; ++i) perceptron(s.steps[i], i + 1 < s.count ? s.steps + i + 1 : s.closes);
+    if (s.closes == nullptr) return;
+    const Weight* w = s.closes->weights;
+    float* const to[] = {s.q + first * w[0].out, s.k + first * w[1].out, s.v + first * w[2].out};
+    multiply(w, 3, Block<Kernel>(0, held, *w), held, to, NONE, threads);
   }
-  fw::parallel((rows + BLOCK - 1) / BLOCK, 1, threads, [&](int64_t from, int64_t to) {
-    float* values = static_cast<float*>(fw::scratch(1, BLOCK * hidden * 4));
-    for (int64_t b = from; b < to; ++b) {
-      const int64_t first = b * BLOCK, held = rows - first < BLOCK ? rows - first : BLOCK;
-      Block<Kernel> block(fw::scratch(0, Block<Kernel>::bytes(BLOCK, up.in, up.outliers)), BLOCK, up.in, up.outliers);
-      block.fill(up, x + first * up.in, up.in, held);
-      multiply<Kernel>(up, block, 0, panels<Kernel>(up), held, values, hidden, activation);
-      Block<Kernel> inner(fw::scratch(2, Block<Kernel>::bytes(BLOCK, hidden, down.outliers)), BLOCK, hidden,
-                          down.outliers);
-      inner.fill(down, values, hidden, held);
-      multiply<Kernel>(down, inner, 0, panels<Kernel>(down), held, y + first * down.out, down.out, NONE);
-      finish_rows<Kernel>(tail, first, held, y + first * down.out, down.out);
+
+ private:
+  // What a sublayer reads lies in slot 0, quantised; so does what the next one reads, afterwards.
+  void perceptron(const Step& step, const Step* next) {
+    const Weight &up = step.weights[0], &down = step.weights[1];
+    float* hidden = static_cast<float*>(fw::scratch(1, held * up.out * 4));
+    multiply(&up, 1, Block<Kernel>(0, held, up), held, &hidden, step.activation, threads);
+    Block<Kernel> inner(2, held, down);
+    inner.fill(hidden, held, PLAIN);
+    end(step, down, inner, next);
+  }
+
+  // The last map of a sublayer, the residual, the norm, and the input of the next one.
+  void end(const Step& step, const Weight& w, const Block<Kernel>& from, const Step* next) {
+    float* y = s.y + first * w.out;
+    const float* adds = step.joins ? residual + first * w.out : nullptr;
+    // Where the stream itself is added, the product needs a place of its own.
+    float* made = adds == y ? static_cast<float*>(fw::scratch(3, held * w.out * 4)) : y;
+    multiply(&w, 1, from, held, &made, NONE, threads);
+    Block<Kernel> block(0, held, next == nullptr ? w : next->weights[0]);
+    for (int64_t r = 0, at = 0; r < held; ++r, at += w.out) {
+      const float* add = adds == nullptr ? nullptr : adds + at;
+      const float reach = Kernel::settle(add, made + at, step.leaves(), y + at, w.out);
+      if (next != nullptr) block.put(r, y + at, next->enters(), reach);
     }
-  });
-}
+    residual = s.y;
+  }
+
+  const Stretch& s;
+  const int64_t first, held;
+  const int threads;
+  const float* residual;
+};
 
 template <int64_t N, int64_t G>
 void lay_out(const int8_t* w, int64_t out, int64_t in, int64_t wide, int8_t offset, int8_t* packed) {
@@ -481,14 +583,24 @@ FW_API void fw_int8_pack(const int8_t* weight, int64_t out, int64_t in, void* pa
   lay_out<Narrow::N, Narrow::G>(weight, out, in, width_of<Narrow>(in), 0, static_cast<int8_t*>(packed));
 }
 
+namespace {
+
+// work(kernel) with the kernel of the instruction set in use.
+template <typename Work>
+void chosen(const Work& work) {
+#ifdef FW_X86
+  if (fw::level() == fw::VNNI) return work(Vnni());
+  if (fw::level() == fw::TWO) return work(Avx2());
+#endif
+  work(Portable());
+}
+
+}  // namespace
+
 // x (rows, in) -> y[i] (rows, out of weights[i]). `tail` belongs to a single weight.
 FW_API void fw_int8_linear(const Weight* weights, int64_t count, const float* x, int64_t rows, float* const* y,
-                           const Tail* tail, int activation, int threads) {
-#ifdef FW_X86
-  if (fw::level() == fw::VNNI) return linear<Vnni>(weights, count, x, rows, y, *tail, activation, threads);
-  if (fw::level() == fw::TWO) return linear<Avx2>(weights, count, x, rows, y, *tail, activation, threads);
-#endif
-  linear<Portable>(weights, count, x, rows, y, *tail, activation, threads);
+                           const Tail* tail, int threads) {
+  chosen([&](auto kernel) { linear<decltype(kernel)>(weights, count, x, rows, y, *tail, threads); });
 }
 
 namespace {
@@ -497,56 +609,42 @@ namespace {
 // up, and a thread that must be woken, or is kept busy by others, costs more than it brings.
 constexpr int64_t ALONE = 12;
 
-// A sublayer: attention of packed documents by q, k, v, o, or up and down with an activation between; then its tail.
-struct Step {
-  Weight weights[4];
-  Tail tail;  // its residual is what the call gives
-  int64_t heads, groups, width;  // no heads: up and down
-  float scale;
-  int causal, rounded, activation, joins;
-};
-
-// y = tail(down(activation(up(x)))): x (rows, in) -> y (rows, out of down).
-void perceptron(const Step& step, const float* x, int64_t rows, float* y, const Tail& tail, int threads) {
-  const Weight &up = step.weights[0], &down = step.weights[1];
-#ifdef FW_X86
-  if (fw::level() == fw::VNNI) return mlp<Vnni>(up, down, x, rows, y, tail, step.activation, threads);
-  if (fw::level() == fw::TWO) return mlp<Avx2>(up, down, x, rows, y, tail, step.activation, threads);
-#endif
-  mlp<Portable>(up, down, x, rows, y, tail, step.activation, threads);
-}
-
-// y = tail(o(attention(q, k, v of x))): x (rows, in) -> y (rows, out of o), with the documents of `call`.
-void attention(const Step& step, fw::Attention call, const float* x, int64_t rows, float* room, float* y,
-               const Tail& tail, int threads) {
+// What the attention of `step` mixes of the documents, from the stretch that closed with it.
+void attend(const Step& step, fw::Attention call, const Stretch& s, float* mixed, int threads) {
   call.heads = step.heads, call.groups = step.groups, call.width = step.width;
   call.scale = step.scale, call.causal = step.causal, call.rounded = step.rounded;
   call.q_row = call.y_row = call.heads * call.width;
   call.kv_row = call.groups * call.width;
-  float* q = room;
-  float* k = q + rows * call.q_row;
-  float* v = k + rows * call.kv_row;
-  float* const parts[] = {q, k, v};
-  const Tail none = {nullptr, nullptr, nullptr, 0.0f};
-  fw_int8_linear(step.weights, 3, x, rows, parts, &none, NONE, threads);
-  call.q = q, call.k = k, call.v = v, call.y = v + rows * call.kv_row;
+  call.q = s.q, call.k = s.k, call.v = s.v, call.y = mixed;
   fw_attention_packed(&call, threads);
-  fw_int8_linear(step.weights + 3, 1, call.y, rows, &y, &tail, NONE, threads);
 }
 
 }  // namespace
 
-// Sublayers one after another: x (rows, in) -> y[0], y[1], y[0], ... in turn. The first adds `residual`, the others
-// their own input. `room` holds rows * (2 heads + 2 groups) * width floats of the widest attention.
+// Sublayers one after another: x (rows, in) -> y (rows, out). The first adds `residual`, the others their own input.
+// `room` holds, of the attentions, the most that one mixes (rows * heads * width) and the most that one reads.
 FW_API void fw_int8_steps(const Step* steps, int64_t count, const fw::Attention* documents, const float* x,
-                          const float* residual, int64_t rows, float* room, float* const* y, int threads) {
+                          const float* residual, int64_t rows, float* room, float* y, int threads) {
   if (rows < ALONE) threads = 1;
-  for (int64_t i = 0; i < count; ++i) {
-    float* to = y[i % 2];
-    Tail tail = steps[i].tail;
-    tail.residual = steps[i].joins ? residual : nullptr;
-    if (steps[i].heads) attention(steps[i], *documents, x, rows, room, to, tail, threads);
-    else perceptron(steps[i], x, rows, to, tail, threads);
-    x = residual = to;
-  }
+  const Step* const end = steps + count;
+  int64_t widest = 0;
+  for (const Step* step = steps; step != end; ++step)
+    widest = step->heads * step->width > widest ? step->heads * step->width : widest;
+  float* const mixed = room;
+  Stretch s = {nullptr, steps, nullptr, 0, x, residual, mixed, y, room + rows * widest, nullptr, nullptr};
+  fw::together(threads, [&] {
+    for (;;) {
+      const Step* next = s.steps;
+      while (next != end && next->heads == 0) ++next;
+      s.count = next - s.steps, s.closes = next == end ? nullptr : next;
+      if (s.closes != nullptr) s.k = s.q + rows * next->weights[0].out, s.v = s.k + rows * next->weights[1].out;
+      by_rows(rows, threads, [&](int64_t first, int64_t held, int inside) {
+        chosen([&](auto kernel) { Rows<decltype(kernel)>(s, first, held, inside).run(); });
+      });
+      if (s.closes == nullptr) return;
+      attend(*next, *documents, s, mixed, threads);
+      if (s.opens != nullptr) s.residual = y;
+      s.opens = next, s.steps = next + 1;
+    }
+  });
 }

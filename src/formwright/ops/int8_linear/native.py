@@ -38,17 +38,21 @@ class _Weight(ctypes.Structure):
     )
 
 
+class _Norm(ctypes.Structure):
+    _fields_ = (("gain", c_void_p), ("shift", c_void_p), ("eps", c_float))
+
+
 class _Tail(ctypes.Structure):
-    _fields_ = (*((name, c_void_p) for name in ("residual", "gain", "shift")), ("eps", c_float))
+    _fields_ = (("residual", c_void_p), ("norm", _Norm))
 
 
 class _Step(ctypes.Structure):
     _fields_ = (
         ("weights", _Weight * 4),
-        ("tail", _Tail),
+        ("norm", _Norm),
         *((name, c_int64) for name in ("heads", "groups", "width")),
         ("scale", c_float),
-        *((name, c_int) for name in ("causal", "rounded", "activation", "joins")),
+        *((name, c_int) for name in ("causal", "rounded", "activation", "joins", "before")),
     )
 
 
@@ -56,10 +60,9 @@ class _Step(ctypes.Structure):
 def _library() -> Any:
     """The library with the types of what is called for every layer, which ctypes then converts by itself."""
     made, weight, tail = native.library(), ctypes.POINTER(_Weight), ctypes.POINTER(_Tail)
-    made.fw_int8_linear.argtypes = (weight, c_int64, c_void_p, c_int64, ctypes.POINTER(c_void_p), tail, c_int, c_int)
+    made.fw_int8_linear.argtypes = (weight, c_int64, c_void_p, c_int64, ctypes.POINTER(c_void_p), tail, c_int)
     made.fw_int8_steps.argtypes = (
-        ctypes.POINTER(_Step), c_int64, ctypes.POINTER(Call), c_void_p, c_void_p, c_int64, c_void_p,
-        ctypes.POINTER(c_void_p), c_int,
+        ctypes.POINTER(_Step), c_int64, ctypes.POINTER(Call), c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int,
     )  # fmt: skip
     return made
 
@@ -106,28 +109,27 @@ def linear(x: Tensor, terms: Sequence[Term], tail: Tail | None = None) -> list[T
     held = (_Weight * count)(*[term.pointers for term in terms])
     found = [x.new_empty(rows, term.out) for term in terms]
     pointers = (c_void_p * count)(*[y.data_ptr() for y in found])
-    _library().fw_int8_linear(
-        held, count, x.data_ptr(), rows, pointers, _tail(tail), ACTIVATIONS["none"], torch.get_num_threads()
-    )
+    _library().fw_int8_linear(held, count, x.data_ptr(), rows, pointers, _tail(tail), torch.get_num_threads())
     return found
 
 
 class Norm(NamedTuple):
-    """The LayerNorm that ends a sublayer, by its gain (W,), shift (W,) and epsilon."""
+    """The LayerNorm of a sublayer, by its gain (W,), shift (W,) and epsilon: it ends it, or comes ``before`` it."""
 
     gain: Tensor
     shift: Tensor | None
     eps: float
+    before: bool = False
 
 
 class Step:
     """A whole sublayer for the compiled kernels, over rows x (..., W) -> (..., W).
 
     Attention where ``heads`` are given, with the terms of q, k, v and o; otherwise ``activation`` between the terms of
-    up and down. ``joins``: the residual is added, and ``norm`` follows. ``key`` says what it was made of.
+    up and down. ``joins``: the residual is added. ``key`` says what it was made of.
     """
 
-    __slots__ = ("call", "held", "key", "out", "room")
+    __slots__ = ("call", "held", "key", "mixes", "out", "reads")
 
     def __init__(
         self,
@@ -145,10 +147,12 @@ class Step:
         self.held = (*terms, gain, shift)
         width, scale, causal, rounded = heads or Heads(1, 1.0, False)
         sizes = [term.out // width for term in terms[:2]] if heads else [0, 0]
-        self.room = 2 * width * sum(sizes)
-        weights = (_Weight * 4)(*[term.pointers for term in terms])
-        tail = _Tail(None, _pointer(gain), _pointer(shift), 0.0 if norm is None else norm.eps)
-        self.call = _Step(weights, tail, *sizes, width, scale, causal, rounded, ACTIVATIONS[activation], joins)
+        #: Values a row that its attention mixes, and of the queries, keys and values that it reads.
+        self.mixes, self.reads = width * sizes[0], width * (sizes[0] + 2 * sizes[1])
+        self.call = _Step(
+            (_Weight * 4)(*[term.pointers for term in terms]), _norm(gain, shift, 0.0 if norm is None else norm.eps),
+            *sizes, width, scale, causal, rounded, ACTIVATIONS[activation], joins, norm is not None and norm.before,
+        )  # fmt: skip
 
     @staticmethod
     def takes(x: Tensor) -> bool:
@@ -165,17 +169,20 @@ class Step:
         """
         x, rows = x.contiguous(), x.numel() // x.shape[-1]
         first = x if residual is None else residual.contiguous()
-        room = x.new_empty(rows * max(step.room for step in steps))
-        made = [x.new_empty(*x.shape[:-1], step.out) for step in steps[:2]]
+        room = x.new_empty(rows * (max(step.mixes for step in steps) + max(step.reads for step in steps)))
+        y = x.new_empty(*x.shape[:-1], steps[-1].out)
         _library().fw_int8_steps(
             (_Step * len(steps))(*[step.call for step in steps]), len(steps), documents(spans),
-            x.data_ptr(), first.data_ptr(), rows, room.data_ptr(), (c_void_p * 2)(*[y.data_ptr() for y in made]),
-            torch.get_num_threads(),
+            x.data_ptr(), first.data_ptr(), rows, room.data_ptr(), y.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
-        return made[(len(steps) - 1) % 2]
+        return y
+
+
+def _norm(gain: Tensor | None, shift: Tensor | None, eps: float) -> _Norm:
+    return _Norm(_pointer(gain), _pointer(shift), eps)
 
 
 def _tail(tail: Tail | None) -> _Tail:
     if tail is None:
-        return _Tail(None, None, None, 0.0)
-    return _Tail(tail.residual.data_ptr(), _pointer(tail.gain), _pointer(tail.shift), tail.eps)
+        return _Tail(None, _norm(None, None, 0.0))
+    return _Tail(tail.residual.data_ptr(), _norm(*tail[1:]))

@@ -15,11 +15,16 @@ struct Weight {
   const float* kept;      // (outliers, out) their weights
 };
 
+// LayerNorm over rows.
+struct Norm {
+  const float* gain;   // (width), null for none
+  const float* shift;  // (width) or null
+  float eps;
+};
+
 struct Tail {
   const float* residual;  // (rows, out) or null
-  const float* gain;      // (out), null for no normalisation
-  const float* shift;     // (out) or null
-  float eps;
+  Norm norm;
 };
 
 struct Attention {

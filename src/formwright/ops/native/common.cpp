@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <thread>
 
 namespace {
 
@@ -26,6 +27,82 @@ void drain(void* given) {
     const int64_t last = first + job.grain;
     job.work(job.data, first, last < job.count ? last : job.count);
   }
+}
+
+// Waits by looking: first at full speed, then so that another thread can have the processor.
+struct Wait {
+  int looks = 0;
+  void again() {
+    if (++looks > 20000) return std::this_thread::yield();
+#ifdef FW_X86
+    _mm_pause();
+#endif
+  }
+};
+
+// A team that is held for many loops. A loop is a round; its number of pieces and the next of them are one number, so
+// that whoever takes a piece knows that the loop it belongs to is still on.
+class Team {
+ public:
+  void loop(int64_t count, int64_t grain, fw::Range work, void* data) {
+    if ((count + grain - 1) / grain > MOST) grain = (count + MOST - 1) / MOST;
+    const int64_t pieces = (count + grain - 1) / grain;
+    job = {work, data, count, grain};
+    done.store(0, std::memory_order_relaxed);
+    ticket.store(static_cast<uint64_t>(pieces) << 32, std::memory_order_release);
+    while (take()) {}
+    for (Wait wait; done.load(std::memory_order_acquire) < pieces;) wait.again();
+  }
+
+  void serve() {
+    for (Wait wait; !over.load(std::memory_order_acquire);) {
+      if (take()) wait = Wait();
+      else wait.again();
+    }
+  }
+
+  void end() { over.store(true, std::memory_order_release); }
+
+ private:
+  static constexpr int64_t MOST = 1 << 20;
+
+  struct Loop {
+    fw::Range work;
+    void* data;
+    int64_t count, grain;
+  };
+
+  static bool open(uint64_t now) { return (now & 0xffffffffu) < now >> 32; }
+
+  bool take() {
+    if (!open(ticket.load(std::memory_order_relaxed))) return false;
+    const uint64_t mine = ticket.fetch_add(1, std::memory_order_acq_rel);
+    if (!open(mine)) return false;
+    const int64_t first = static_cast<int64_t>(mine & 0xffffffffu) * job.grain, last = first + job.grain;
+    job.work(job.data, first, last < job.count ? last : job.count);
+    done.fetch_add(1, std::memory_order_release);
+    return true;
+  }
+
+  Loop job{};
+  alignas(64) std::atomic<uint64_t> ticket{0};
+  alignas(64) std::atomic<int64_t> done{0};
+  std::atomic<bool> over{false};
+};
+
+thread_local Team* team = nullptr;
+
+struct Gathering {
+  Team& team;
+  fw::Plain work;
+  void* data;
+};
+
+void join(void* given) {
+  Gathering& all = *static_cast<Gathering*>(given);
+  if (team != &all.team) return all.team.serve();
+  all.work(all.data);
+  all.team.end();
 }
 
 struct Store {
@@ -76,8 +153,19 @@ void spread(int64_t count, int64_t grain, int threads, Range work, void* data) {
     work(data, 0, count);
     return;
   }
+  if (team != nullptr) return team->loop(count, grain, work, data);
   Job job{work, data, count, grain};
   run(drain, &job, static_cast<unsigned>(threads), 0);
+}
+
+void gather(int threads, Plain work, void* data) {
+  const Entry run = entry.load(std::memory_order_relaxed);
+  if (threads < 2 || run == nullptr || team != nullptr) return work(data);
+  Team made;
+  Gathering all{made, work, data};
+  team = &made;
+  run(join, &all, static_cast<unsigned>(threads), 0);
+  team = nullptr;
 }
 
 void* scratch(int slot, size_t bytes) {

@@ -54,6 +54,17 @@ inline void parallel(int64_t count, int64_t grain, int threads, const Work& work
       const_cast<Work*>(&work));
 }
 
+// Runs work() with a team of threads at hand: every `spread` of the calling thread inside shares its pieces out to them.
+// They wait awake, so that a piece costs a look at one number where a call into the runtime costs microseconds. One
+// that comes late, since it had to be woken or the machine is busy, is not waited for while others can do its work.
+using Plain = void (*)(void* data);
+void gather(int threads, Plain work, void* data);
+
+template <typename Work>
+inline void together(int threads, const Work& work) {
+  gather(threads, [](void* data) { (*static_cast<const Work*>(data))(); }, const_cast<Work*>(&work));
+}
+
 // Scratch memory of the calling thread, kept between calls; aligned to a cache line.
 void* scratch(int slot, size_t bytes);
 
