@@ -126,19 +126,21 @@ class Residual(Item):
         if part is None:
             return (x if norm is None else norm(x)), ctx
         inner = ctx.at(self.local)
-        seen = x if norm is None or post else norm(x)
         plain = getattr(combine, "plain", False)
+        direct = plain and norm_out is None and not inner.wants("output")
+        direct = direct and (inner.offsets is None or part.traits.packed)
+        if direct:
+            step = part.step(inner, norm, not post)
+            if step is not None and step.takes(x):
+                return step.run((step,), x, inner.spans() if inner.offsets is not None else []), ctx
+        seen = x if norm is None or post else norm(x)
+        if direct and part.finishes(tail := Tail(x, norm if post else None)):
+            return part(seen, inner, tail), ctx
         if not plain and hasattr(combine, "before"):
             seen = combine.before(seen, inner)  # type: ignore[operator]
         if inner.offsets is not None and not part.traits.packed:
             y = repacked(part, seen, inner)
         else:
-            if plain and norm_out is None and not inner.wants("output"):
-                step, tail = part.step(inner, norm if post else None), Tail(x, norm if post else None)
-                if step is not None and step.takes(x):
-                    return step.run((step,), seen, inner.spans() if inner.offsets is not None else [], x), ctx
-                if part.finishes(tail):
-                    return part(seen, inner, tail), ctx
             y = part(seen, inner)
         inner.note("output", y)
         if norm_out is not None:
@@ -151,12 +153,13 @@ class Residual(Item):
     def step(self, ctx: Context) -> Step | None:
         held = self._modules  # where a look-up takes a fifth of the time of an attribute
         part, norm, combine = held.get("part"), held.get("norm"), held.get("combine")
-        if part is None or self.order != "post" or held.get("norm_out") is not None or ctx.notes is not None:
+        if part is None or held.get("norm_out") is not None or ctx.notes is not None:
             return None
         # Who hooks into an item or a part wants it to be called.
         if self._forward_hooks or self._forward_pre_hooks or part._forward_hooks or part._forward_pre_hooks:
             return None
-        return part.step(ctx, norm) if getattr(combine, "plain", False) else None  # type: ignore[operator]
+        plain = getattr(combine, "plain", False)
+        return part.step(ctx, norm, self.order != "post") if plain else None  # type: ignore[operator]
 
     def cost(self, shape: Shape) -> Cost:
         held = [m for m in (self.part, self.norm, self.norm_out, self.combine) if m is not None and hasattr(m, "cost")]

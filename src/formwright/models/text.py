@@ -84,7 +84,8 @@ class TextFace:
             )
         name = next(key for key, value in self.heads.items() if value is head)  # type: ignore[attr-defined]
         with reading(self):
-            return torch.cat([self(piece, head=name) for piece in pieces(self, batch)])  # type: ignore[operator]
+            made = [self(piece, head=name) for piece in pieces(self, batch)]  # type: ignore[operator]
+            return made[0] if len(made) == 1 else torch.cat(made)
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """What the heads say of a batch, without gradient: ``logits`` of the only head, or by name; padded rows."""
@@ -114,15 +115,20 @@ class TextFace:
         return found
 
 
+def _there(module: Any) -> bool:
+    return module is not None
+
+
 @contextmanager
 def reading(model: Any) -> Iterator[None]:
     """Inside, ``model`` is evaluated and keeps no gradient; every module is left in the mode it was in."""
-    training, left = [], [model]
-    while left:  # as ``modules`` walks, without the names and the set: this is done for every batch
-        module = left.pop()
-        left += [child for child in module._modules.values() if child is not None]
-        if module.training:
+    training, found = [], [model]
+    for module in found:  # as ``modules`` walks, without the names and the set: this is done for every batch
+        held = module.__dict__
+        if held["training"]:
             training.append(module)
+        if held["_modules"]:
+            found += filter(_there, held["_modules"].values())
     for module in training:
         module.training = False
     try:
@@ -163,6 +169,8 @@ def pieces(model: Any, batch: Batch) -> list[Batch]:
         return [batch]
     if "tokens" not in batch.offsets:
         batch = to_packed(batch)
+    if batch.inputs["tokens"].shape[1] <= BUDGET:
+        return [batch]
     borders = batch.offsets["tokens"].tolist()
     cuts, last = [0], 0
     for index in range(1, len(borders)):

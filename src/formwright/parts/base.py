@@ -113,8 +113,8 @@ class Step(Protocol):
         ...
 
     @staticmethod
-    def run(steps: Any, x: Tensor, spans: list[tuple[int, int]], residual: Tensor | None = None) -> Tensor:
-        """x through ``steps`` one after another; the first adds ``residual``, the others their own input."""
+    def run(steps: Any, x: Tensor, spans: list[tuple[int, int]]) -> Tensor:
+        """x through ``steps`` one after another."""
         ...
 
 
@@ -166,14 +166,16 @@ class LinearLike(nn.Module):
 
     @classmethod
     def perceptron(
-        cls, up: LinearLike, down: LinearLike, activation: str, norm: nn.Module | None, joins: bool
+        cls, slots: list[LinearLike], activation: str, norm: nn.Module | None, before: bool = False, joins: bool = True
     ) -> Step | None:
-        """``down(activation(up(x)))`` as one step for two slots of this class, with the residual added and normalised
-        where it ``joins``; None where it has no such form for them."""
+        """``down(activation(up(x)))`` as one step for slots up and down of this class, with the residual added where it
+        ``joins``, normalised afterwards or ``before``; None where it has no such form for them."""
         return None
 
     @classmethod
-    def attention(cls, slots: list[LinearLike], heads: Heads, norm: nn.Module | None) -> Step | None:
+    def attention(
+        cls, slots: list[LinearLike], heads: Heads, norm: nn.Module | None, before: bool = False
+    ) -> Step | None:
         """A whole attention sublayer of packed documents as one step, for slots q, k, v and o of this class; None where
         it has no such form for them."""
         return None
@@ -225,9 +227,9 @@ class Part(nn.Module):
         """The state it keeps when streaming; empty for a part without memory."""
         return {}
 
-    def step(self, ctx: Context, norm: nn.Module | None) -> Step | None:
-        """``norm(x + self(x))``, or without the norm, as one step over the packed layout; None where it has no such
-        form now."""
+    def step(self, ctx: Context, norm: nn.Module | None, before: bool = False) -> Step | None:
+        """``norm(x + self(x))``, or ``x + self(norm(x))`` with the norm ``before``, or without one, as one step over the
+        packed layout; None where it has no such form now."""
         return None
 
     def finishes(self, tail: Tail) -> bool:

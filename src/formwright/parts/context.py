@@ -174,11 +174,18 @@ class Context:
         borders = self.borders if self.borders is not None else tuple(self.offsets.tolist())  # type: ignore[union-attr]
         return list(pairwise(borders))
 
+    @property
+    def single(self) -> bool:
+        """Whether the packed layout holds a single document, as is known without reading the device."""
+        return self.offsets is not None and self.borders is not None and len(self.borders) == 2
+
     def place(self, x: Tensor) -> Tensor:
         """Absolute positions (B, L) of the tokens of ``x``: the stem's, or counted from what the state has seen."""
         if self.positions is not None:
             return self.positions
         steps = torch.arange(x.shape[1], device=x.device)[None]
+        if self.single:
+            return steps
         if self.offsets is not None:
             starts = torch.repeat_interleave(self.offsets[:-1], self.offsets.diff())
             return steps - starts[None]

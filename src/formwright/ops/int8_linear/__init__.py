@@ -275,6 +275,7 @@ def whole(
     packs: Sequence[Packed],
     biases: Sequence[Tensor | None],
     norm: Norm | None,
+    key: Any,
     *,
     scheme: Scheme,
     joins: bool = True,
@@ -284,23 +285,16 @@ def whole(
     """A whole sublayer as one compiled :class:`Step`: q, k, v and o around attention of ``heads``, or up and down
     around ``activation``. The same integers, sums and softmax as the calls one by one.
 
-    It is made once and kept with the last weight while nothing that it was made of changes. None where the compiled
-    kernels do not take these weights, or a gradient is wanted of what it reads.
+    ``key`` says what it was made of. None where the compiled kernels do not take these weights.
     """
     others = [*biases, *(() if norm is None else norm[:2])]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in others):
+    plain = scheme.rows and not scheme.shifted and all(packed.native is not None for packed in packs)
+    alike = heads is None or all(packed.left_out == packs[0].left_out for packed in packs[1:3])
+    floats = all(t is None or (type(t) in library.PLAIN and t.dtype == torch.float32 and t.is_cpu) for t in others)
+    if not (plain and alike and floats and activation in ACTIVATIONS):
         return None
-    places = [t if t is None else t.data_ptr() for t in others]
-    key, last = (*packs, *places, norm and norm.eps, scheme, joins, heads, activation), packs[-1]
-    if last.step is None or last.step.key != key:
-        plain = scheme.rows and not scheme.shifted and all(packed.native is not None for packed in packs)
-        alike = heads is None or all(packed.left_out == packs[0].left_out for packed in packs[1:3])
-        floats = all(t is None or (type(t) in library.PLAIN and t.dtype == torch.float32 and t.is_cpu) for t in others)
-        if not (plain and alike and floats and activation in ACTIVATIONS):
-            return None
-        terms = [packed.term(bias) for packed, bias in zip(packs, biases)]
-        last.step = Step(key, terms, norm, joins=joins, heads=heads, activation=activation)
-    return last.step
+    terms = [packed.term(bias) for packed, bias in zip(packs, biases)]
+    return Step(key, terms, norm, joins=joins, heads=heads, activation=activation)
 
 
 def int8_joined(

@@ -489,12 +489,12 @@ struct Step {
 };
 
 // What runs row by row: the output map of an attention (`opens`, over what it mixed), MLPs, and the query, key and
-// value maps of the next attention (`closes`); either may be missing. The stream enters as `x`, to which the first
-// sublayer's residual belongs, and is `y` from the first sublayer's end on.
+// value maps of the next attention (`closes`); either may be missing. The stream enters as `x`, and is `y` from the end
+// of the first sublayer on.
 struct Stretch {
   const Step *opens, *steps, *closes;
   int64_t count;
-  const float *x, *residual, *mixed;
+  const float *x, *mixed;
   float *y, *q, *k, *v;
 };
 
@@ -502,7 +502,7 @@ template <typename Kernel>
 class Rows {
  public:
   Rows(const Stretch& stretch, int64_t first, int64_t held, int threads)
-      : s(stretch), first(first), held(held), threads(threads), residual(stretch.residual) {}
+      : s(stretch), first(first), held(held), threads(threads), stream(stretch.x) {}
 
   void run() {
     if (s.opens != nullptr) {
@@ -535,7 +535,7 @@ class Rows {
   // The last map of a sublayer, the residual, the norm, and the input of the next one.
   void end(const Step& step, const Weight& w, const Block<Kernel>& from, const Step* next) {
     float* y = s.y + first * w.out;
-    const float* adds = step.joins ? residual + first * w.out : nullptr;
+    const float* adds = step.joins ? stream + first * w.out : nullptr;
     // Where the stream itself is added, the product needs a place of its own.
     float* made = adds == y ? static_cast<float*>(fw::scratch(3, held * w.out * 4)) : y;
     multiply(&w, 1, from, held, &made, NONE, threads);
@@ -545,13 +545,13 @@ class Rows {
       const float reach = Kernel::settle(add, made + at, step.leaves(), y + at, w.out);
       if (next != nullptr) block.put(r, y + at, next->enters(), reach);
     }
-    residual = s.y;
+    stream = s.y;
   }
 
   const Stretch& s;
   const int64_t first, held;
   const int threads;
-  const float* residual;
+  const float* stream;
 };
 
 template <int64_t N, int64_t G>
@@ -621,17 +621,16 @@ void attend(const Step& step, fw::Attention call, const Stretch& s, float* mixed
 
 }  // namespace
 
-// Sublayers one after another: x (rows, in) -> y (rows, out). The first adds `residual`, the others their own input.
-// `room` holds, of the attentions, the most that one mixes (rows * heads * width) and the most that one reads.
+// Sublayers one after another: x (rows, in) -> y (rows, out). `room` holds, of the attentions, the most that one mixes (rows * heads * width) and the most that one reads.
 FW_API void fw_int8_steps(const Step* steps, int64_t count, const fw::Attention* documents, const float* x,
-                          const float* residual, int64_t rows, float* room, float* y, int threads) {
+                          int64_t rows, float* room, float* y, int threads) {
   if (rows < ALONE) threads = 1;
   const Step* const end = steps + count;
   int64_t widest = 0;
   for (const Step* step = steps; step != end; ++step)
     widest = step->heads * step->width > widest ? step->heads * step->width : widest;
   float* const mixed = room;
-  Stretch s = {nullptr, steps, nullptr, 0, x, residual, mixed, y, room + rows * widest, nullptr, nullptr};
+  Stretch s = {nullptr, steps, nullptr, 0, x, mixed, y, room + rows * widest, nullptr, nullptr};
   fw::together(threads, [&] {
     for (;;) {
       const Step* next = s.steps;
@@ -643,7 +642,7 @@ FW_API void fw_int8_steps(const Step* steps, int64_t count, const fw::Attention*
       });
       if (s.closes == nullptr) return;
       attend(*next, *documents, s, mixed, threads);
-      if (s.opens != nullptr) s.residual = y;
+      if (s.opens != nullptr || s.count > 0) s.x = y;
       s.opens = next, s.steps = next + 1;
     }
   });

@@ -62,7 +62,7 @@ def _library() -> Any:
     made, weight, tail = native.library(), ctypes.POINTER(_Weight), ctypes.POINTER(_Tail)
     made.fw_int8_linear.argtypes = (weight, c_int64, c_void_p, c_int64, ctypes.POINTER(c_void_p), tail, c_int)
     made.fw_int8_steps.argtypes = (
-        ctypes.POINTER(_Step), c_int64, ctypes.POINTER(Call), c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int,
+        ctypes.POINTER(_Step), c_int64, ctypes.POINTER(Call), c_void_p, c_int64, c_void_p, c_void_p, c_int,
     )  # fmt: skip
     return made
 
@@ -160,20 +160,15 @@ class Step:
         return native.usable(x) and x.numel() > 0
 
     @staticmethod
-    def run(
-        steps: Sequence[Step], x: Tensor, spans: Sequence[tuple[int, int]], residual: Tensor | None = None
-    ) -> Tensor:
-        """x (..., W) through ``steps`` one after another; the first adds ``residual``, the others their input.
-
-        ``spans`` are the documents of the rows in order, for steps that attend.
-        """
+    def run(steps: Sequence[Step], x: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+        """x (..., W) through ``steps`` one after another; steps that attend do so within ``spans``, the documents of
+        the rows in order."""
         x, rows = x.contiguous(), x.numel() // x.shape[-1]
-        first = x if residual is None else residual.contiguous()
         room = x.new_empty(rows * (max(step.mixes for step in steps) + max(step.reads for step in steps)))
         y = x.new_empty(*x.shape[:-1], steps[-1].out)
         _library().fw_int8_steps(
             (_Step * len(steps))(*[step.call for step in steps]), len(steps), documents(spans),
-            x.data_ptr(), first.data_ptr(), rows, room.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+            x.data_ptr(), rows, room.data_ptr(), y.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return y
 

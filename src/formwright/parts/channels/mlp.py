@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from formwright.parts.activations import activation as activation_named
@@ -34,7 +36,7 @@ class MLP(Part):
 
     def forward(self, x: Tensor, ctx: Context, tail: Tail | None = None) -> Tensor:
         if tail is None:
-            step = self._step(ctx, None, joins=False)
+            step = self.step(ctx, None, joins=False)
             if step is not None and step.takes(x):
                 return step.run((step,), x, [])
         hidden = self.activation(self.up(x, ctx))
@@ -43,14 +45,12 @@ class MLP(Part):
             return self.down.joined(hidden, tail)
         return dropout(self.down(hidden, ctx), self.rate, ctx, self.training, "dropout")
 
-    def step(self, ctx: Context, norm: nn.Module | None) -> Step | None:
-        return self._step(ctx, norm, joins=True)
-
-    def _step(self, ctx: Context, norm: nn.Module | None, joins: bool) -> Step | None:
-        up, down = self.up, self.down
+    def step(self, ctx: Context, norm: nn.Module | None, before: bool = False, joins: bool = True) -> Step | None:
+        held: Any = self._modules
+        up, down = slots = [held["up"], held["down"]]
         if drops(self.rate, self.training) or ctx.wants("hidden") or type(up) is not type(down):
             return None
-        return type(up).perceptron(up, down, self.activation_name, norm, joins)
+        return type(up).perceptron(slots, self.activation_name, norm, before, joins)
 
     def finishes(self, tail: Tail) -> bool:
         return not drops(self.rate, self.training) and self.down.finishes(tail)

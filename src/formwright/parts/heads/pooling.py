@@ -21,7 +21,7 @@ Pool = Literal["mean", "first", "last", "max"]
 
 def pool(x: Tensor, ctx: Context, how: str) -> Tensor:
     """(B, L, W) or packed (1, T, W) -> (B, W). An empty row gives zeros."""
-    if ctx.offsets is not None:
+    if ctx.offsets is not None and not ctx.single:
         sizes = ctx.offsets.diff()
         filled = (sizes > 0)[:, None]
         if how == "mean":

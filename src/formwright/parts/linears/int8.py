@@ -39,17 +39,41 @@ def _weights(norm: nn.Module | None) -> list[Tensor | None]:
     return [] if norm is None else [norm.weight, norm.bias]  # type: ignore[list-item]
 
 
-def _whole(slots: Sequence[Any], norm: nn.Module | None, **how: Any) -> Step | None:
-    """One compiled step of several 8-bit slots, where they are of one scheme and search for no outliers."""
-    scheme = slots[0].scheme
-    if norm is not None and type(norm) is not LayerNorm:
-        return None
+def _whole(
+    slots: Sequence[Any],
+    norm: nn.Module | None,
+    before: bool,
+    *,
+    heads: Heads | None = None,
+    activation: str = "none",
+    joins: bool = True,
+) -> Step | None:
+    """One compiled step of several 8-bit slots, where they are of one scheme and search for no outliers.
+
+    It is kept with the last slot while nothing that it was made of changes: this is asked for at every call.
+    """
+    packs, read = [], []
     for slot in slots:
-        if slot.threshold or slot.scheme != scheme:
+        if slot.threshold:
             return None
-    ended = None if norm is None else op.Norm(norm.weight, norm.bias, norm.eps)
-    packs, biases = [slot.packed() for slot in slots], [slot._parameters.get("bias") for slot in slots]
-    return op.whole(packs, biases, ended, scheme=scheme_named(scheme), **how)
+        packs.append(slot.packed())
+        read.append(slot._parameters["bias"])
+    if norm is not None:
+        if type(norm) is not LayerNorm:
+            return None
+        read += norm._parameters.values()
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in read):
+        return None
+    places = [t if t is None else t.data_ptr() for t in read]
+    key = (*packs, *places, norm, before, heads, activation, joins, *[slot.scheme for slot in slots])
+    last = packs[-1]
+    if last.step is None or last.step.key != key:
+        if any(slot.scheme != slots[0].scheme for slot in slots):
+            return None
+        around = None if norm is None else op.Norm(norm.weight, norm.bias, norm.eps, before)
+        scheme, biases = scheme_named(slots[0].scheme), read[: len(slots)]
+        last.step = op.whole(packs, biases, around, key, scheme=scheme, heads=heads, activation=activation, joins=joins)
+    return last.step
 
 
 def _tail(tail: Tail) -> op.Tail:
@@ -181,14 +205,16 @@ class Int8Linear(LinearLike):
 
     @classmethod
     def perceptron(
-        cls, up: LinearLike, down: LinearLike, activation: str, norm: nn.Module | None, joins: bool
+        cls, slots: list[LinearLike], activation: str, norm: nn.Module | None, before: bool = False, joins: bool = True
     ) -> Step | None:
-        return _whole([up, down], norm, joins=joins, activation=activation)
+        return _whole(slots, norm, before, activation=activation, joins=joins)
 
     @classmethod
-    def attention(cls, slots: list[LinearLike], heads: Heads, norm: nn.Module | None) -> Step | None:
+    def attention(
+        cls, slots: list[LinearLike], heads: Heads, norm: nn.Module | None, before: bool = False
+    ) -> Step | None:
         # What these slots give is known to 7 bits, so that rounding it to 8 adds little to the error there is.
-        return _whole(slots, norm, heads=heads._replace(rounded=True))
+        return _whole(slots, norm, before, heads=Heads(*heads[:3], True))
 
     def dense_weight(self) -> Tensor:
         return dequantize_weight(self.weight, self.scale, self.zero, self.outliers)

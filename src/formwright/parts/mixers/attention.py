@@ -177,7 +177,7 @@ class Attention(Part):
     def finishes(self, tail: Tail) -> bool:
         return not drops(self.rate, self.training) and self.o.finishes(tail)
 
-    def step(self, ctx: Context, norm: nn.Module | None) -> Step | None:
+    def step(self, ctx: Context, norm: nn.Module | None, before: bool = False) -> Step | None:
         rule = self.rule & ctx.visible
         bare = self.memory is None and self.rotary is None and self.distance is None
         if ctx.offsets is None or ctx.state is not None or not (bare and rule.simple):
@@ -185,12 +185,12 @@ class Attention(Part):
         if drops(self.rate, self.training) or ctx.wants("probs"):
             return None
         held: Any = self._modules
-        slots: list[LinearLike] = [held[role] for role in ("q", "k", "v", "o")]
-        kind = type(slots[0])
-        if held.get("q_norm") is not None or [type(slot) for slot in slots] != [kind] * 4:
+        q, k, v, o = slots = [held["q"], held["k"], held["v"], held["o"]]
+        kind = type(q)
+        if held.get("q_norm") is not None or not (kind is type(k) is type(v) is type(o)):
             return None
         scale = self.head_width**-0.5 if self.scale is None else self.scale
-        step = kind.attention(slots, Heads(self.head_width, scale, rule.causal), norm)
+        step = kind.attention(slots, Heads(self.head_width, scale, rule.causal), norm, before)
         return step if step is not None and suits(self.head_width, ctx.spans()) else None
 
     def _mixed(self, x: Tensor, ctx: Context) -> Tensor:
