@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from formwright.ops.attention.native import Heads
+from formwright.ops.embedding import Source
 from formwright.parts.context import EMPTY, Context, keyed_generator
 
 
@@ -193,6 +194,11 @@ class TableLike(nn.Module):
     def dense_weight(self) -> Tensor:
         raise NotImplementedError
 
+    def source(self, ids: Tensor | None, factor: float = 1.0) -> Source | None:
+        """``factor`` times the rows of ``ids`` (the first where None) as a term of a sum of tables; None where this is
+        no table that can be read that way."""
+        return None
+
     def logits(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., rows): the product with every row, for a tied head."""
         return torch.nn.functional.linear(x, self.dense_weight().to(x.dtype))
@@ -228,8 +234,8 @@ class Part(nn.Module):
         return {}
 
     def step(self, ctx: Context, norm: nn.Module | None, before: bool = False) -> Step | None:
-        """``norm(x + self(x))``, or ``x + self(norm(x))`` with the norm ``before``, or without one, as one step over the
-        packed layout; None where it has no such form now."""
+        """``norm(x + self(x))``, or ``x + self(norm(x))`` with the norm ``before``, as one step over the packed layout;
+        None where it has no such form now."""
         return None
 
     def finishes(self, tail: Tail) -> bool:

@@ -597,6 +597,13 @@ void chosen(const Work& work) {
 
 }  // namespace
 
+FW_API void fw_layer_norm(const Norm* norm, float* x, int64_t rows, int64_t width) {
+  if (norm->gain == nullptr) return;
+  chosen([&](auto kernel) {
+    for (int64_t r = 0; r < rows; ++r) kernel.normalise(*norm, x + r * width, x + r * width, width);
+  });
+}
+
 // x (rows, in) -> y[i] (rows, out of weights[i]). `tail` belongs to a single weight.
 FW_API void fw_int8_linear(const Weight* weights, int64_t count, const float* x, int64_t rows, float* const* y,
                            const Tail* tail, int threads) {
@@ -605,9 +612,8 @@ FW_API void fw_int8_linear(const Weight* weights, int64_t count, const float* x,
 
 namespace {
 
-// Fewer rows than this stay on the calling thread: the time goes into reading weights, which more threads hardly speed
-// up, and a thread that must be woken, or is kept busy by others, costs more than it brings.
-constexpr int64_t ALONE = 12;
+// Fewer rows than this stay on the calling thread: waking another costs more than it brings.
+constexpr int64_t ALONE = 4;
 
 // What the attention of `step` mixes of the documents, from the stretch that closed with it.
 void attend(const Step& step, fw::Attention call, const Stretch& s, float* mixed, int threads) {
@@ -621,7 +627,8 @@ void attend(const Step& step, fw::Attention call, const Stretch& s, float* mixed
 
 }  // namespace
 
-// Sublayers one after another: x (rows, in) -> y (rows, out). `room` holds, of the attentions, the most that one mixes (rows * heads * width) and the most that one reads.
+// Sublayers one after another: x (rows, in) -> y (rows, out). `room` holds, of the attentions, the most that one mixes
+// (rows * heads * width) and the most that one reads.
 FW_API void fw_int8_steps(const Step* steps, int64_t count, const fw::Attention* documents, const float* x,
                           int64_t rows, float* room, float* y, int threads) {
   if (rows < ALONE) threads = 1;

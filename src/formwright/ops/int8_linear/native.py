@@ -38,18 +38,14 @@ class _Weight(ctypes.Structure):
     )
 
 
-class _Norm(ctypes.Structure):
-    _fields_ = (("gain", c_void_p), ("shift", c_void_p), ("eps", c_float))
-
-
 class _Tail(ctypes.Structure):
-    _fields_ = (("residual", c_void_p), ("norm", _Norm))
+    _fields_ = (("residual", c_void_p), ("norm", native.Norm))
 
 
 class _Step(ctypes.Structure):
     _fields_ = (
         ("weights", _Weight * 4),
-        ("norm", _Norm),
+        ("norm", native.Norm),
         *((name, c_int64) for name in ("heads", "groups", "width")),
         ("scale", c_float),
         *((name, c_int) for name in ("causal", "rounded", "activation", "joins", "before")),
@@ -150,7 +146,7 @@ class Step:
         #: Values a row that its attention mixes, and of the queries, keys and values that it reads.
         self.mixes, self.reads = width * sizes[0], width * (sizes[0] + 2 * sizes[1])
         self.call = _Step(
-            (_Weight * 4)(*[term.pointers for term in terms]), _norm(gain, shift, 0.0 if norm is None else norm.eps),
+            (_Weight * 4)(*[term.pointers for term in terms]), native.Norm.of(gain, shift, 0.0 if norm is None else norm.eps),
             *sizes, width, scale, causal, rounded, ACTIVATIONS[activation], joins, norm is not None and norm.before,
         )  # fmt: skip
 
@@ -173,11 +169,7 @@ class Step:
         return y
 
 
-def _norm(gain: Tensor | None, shift: Tensor | None, eps: float) -> _Norm:
-    return _Norm(_pointer(gain), _pointer(shift), eps)
-
-
 def _tail(tail: Tail | None) -> _Tail:
     if tail is None:
-        return _Tail(None, _norm(None, None, 0.0))
-    return _Tail(tail.residual.data_ptr(), _norm(*tail[1:]))
+        return _Tail(None, native.Norm.of())
+    return _Tail(tail.residual.data_ptr(), native.Norm.of(*tail[1:]))

@@ -22,6 +22,16 @@ LEVELS = ("portable", "avx2", "avx512-vnni")
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
+class Norm(ctypes.Structure):
+    """LayerNorm as a struct of the library; without a gain it is none."""
+
+    _fields_ = (("gain", ctypes.c_void_p), ("shift", ctypes.c_void_p), ("eps", ctypes.c_float))
+
+    @classmethod
+    def of(cls, gain: Tensor | None = None, shift: Tensor | None = None, eps: float = 0.0) -> Norm:
+        return cls(*(None if t is None else t.data_ptr() for t in (gain, shift)), eps)
+
+
 class Tokens(ctypes.Structure):
     """A tensor whose rows of channels are ``stride`` values apart, as a struct of the library."""
 

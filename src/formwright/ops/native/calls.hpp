@@ -40,4 +40,6 @@ struct Attention {
 
 }  // namespace fw
 
+// LayerNorm of x (rows, width) in place; nothing where the norm is none.
+FW_API void fw_layer_norm(const fw::Norm* norm, float* x, int64_t rows, int64_t width);
 FW_API void fw_attention_packed(const fw::Attention* call, int threads);

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from formwright.kit.errors import Refusal
+from formwright.ops.embedding import Source
 from formwright.parts.base import Cost, LinearLike, Shape, TableLike
 from formwright.parts.context import Context
 from formwright.registry import register
@@ -93,6 +94,9 @@ class Table(TableLike):
 
     def dense_weight(self) -> Tensor:
         return self.weight
+
+    def source(self, ids: Tensor | None, factor: float = 1.0) -> Source | None:
+        return Source(self.weight, None, ids, factor)
 
     def extra_repr(self) -> str:
         return f"{self.rows} x {self.width}"

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from formwright.kit.errors import SpecError
 from formwright.ops import int8_linear as op
 from formwright.ops.attention.native import Heads
+from formwright.ops.embedding import Source
 from formwright.ops.int8_linear import (
     Packed,
     dequantize_weight,
@@ -304,6 +305,9 @@ class Int8Table(TableLike):
 
     def dense_weight(self) -> Tensor:
         return dequantize_weight(self.weight, self.scale)
+
+    def source(self, ids: Tensor | None, factor: float = 1.0) -> Source | None:
+        return Source(self.weight, self.scale, ids, factor)
 
     def logits(self, x: Tensor) -> Tensor:
         """In float, some rows at a time, so that the table is never whole in float."""

@@ -20,7 +20,6 @@ from formwright.ops.attention import attention, attention_reference, blocks, pac
 from formwright.ops.attention.native import Heads, suits
 from formwright.parts.base import (
     Cost,
-    LinearLike,
     Part,
     Shape,
     Slot,

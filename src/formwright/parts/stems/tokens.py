@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from formwright.kit.errors import DataError, SpecError, unknown
+from formwright.ops.embedding import embedding
 from formwright.parts.base import Cost, Shape, cost_sum, costed, dropout
 from formwright.parts.context import Context
 from formwright.parts.linears.dense import Dense, Table
 from formwright.parts.make import make, module_dict
+from formwright.parts.norms.norms import LayerNorm
 from formwright.parts.positions import sinusoids
 from formwright.registry import register
 
@@ -67,15 +69,19 @@ class Places(nn.Module):
     def limit(self) -> int | None:
         return None if self.table is None else self.table.rows - self.offset
 
-    def forward(self, places: Tensor, dtype: torch.dtype, longest: int) -> Tensor:
-        if self.table is None:
-            return sinusoids(places, self.width, dtype)
+    def rows(self, places: Tensor, longest: int) -> Tensor:
+        """The rows of the table for places below ``longest``; DataError where it is too short."""
         if self.limit is not None and longest > self.limit:
             raise DataError(
                 f"a sequence of {longest} tokens exceeds the {self.limit} positions of this model; "
                 f"cut it to {self.limit} (max_length={self.limit})"
             )
-        return self.table(places + self.offset)
+        return places + self.offset if self.offset else places
+
+    def forward(self, places: Tensor, longest: int, dtype: torch.dtype) -> Tensor:
+        if self.table is None:
+            return sinusoids(places, self.width, dtype)
+        return self.table(self.rows(places, longest))
 
     def cost(self, shape: Shape) -> Cost:
         return Cost() if self.table is None else self.table.cost(shape)
@@ -93,12 +99,15 @@ def read_positions(positions: dict[str, Any] | None, width: int) -> Places | Non
 
 def placed(positions: Places | None, x: Tensor, dtype: torch.dtype, ctx: Context) -> Tensor | None:
     """What ``positions`` adds to the tokens of ``x``; padding behind a stream's last token is given the first place."""
-    if positions is None:
-        return None
+    return None if positions is None else positions(*spots(x, ctx), dtype)
+
+
+def spots(x: Tensor, ctx: Context) -> tuple[Tensor, int]:
+    """The places of the tokens of ``x``, and one past the largest."""
     places = ctx.place(x)
     if ctx.state is not None and ctx.lengths is not None:
         places = torch.where(ctx.valid(x), places, 0)
-    return positions(places, dtype, reach(places, ctx))
+    return places, reach(places, ctx)
 
 
 def reach(places: Tensor, ctx: Context) -> int:
@@ -169,23 +178,44 @@ class TokenEmbedding(Stem):
     def forward(self, inputs: dict[str, Tensor], ctx: Context) -> tuple[Tensor, Context]:
         if "tokens" not in inputs:
             raise DataError(f"this model reads 'tokens'; the batch holds {', '.join(sorted(inputs)) or 'nothing'}")
-        ids = inputs["tokens"]
+        ids, types = inputs["tokens"], inputs.get("types")
+        x = self._at_once(ids, types, ctx)
+        if x is None:
+            x = self._one_by_one(ids, types, ctx)
+        if self.project is not None:
+            x = self.project(x, ctx)
+        if self.late and (added := placed(self.positions, ids, x.dtype, ctx)) is not None:
+            x = x + added
+        return dropout(x, self.rate, ctx.at("stem"), self.training, "dropout"), ctx
+
+    def _at_once(self, ids: Tensor, types: Tensor | None, ctx: Context) -> Tensor | None:
+        """Tables and norm in one call, where all are plain."""
+        norm, positions = self.norm, None if self.late else self.positions
+        if type(norm) not in (LayerNorm, type(None)) or (positions is not None and positions.table is None):
+            return None
+        terms: list[tuple[Any, Tensor | None, float]] = [(self.tokens, ids, self.scale)]
+        if self.types is not None:
+            terms.append((self.types, types, 1.0))
+        if positions is not None:
+            terms.append((positions.table, positions.rows(*spots(ids, ctx)), 1.0))
+        sources = []
+        for table, rows, factor in terms:
+            # Who hooks into a table wants it to be called.
+            source = None if table._forward_hooks or table._forward_pre_hooks else table.source(rows, factor)
+            if source is None:
+                return None
+            sources.append(source)
+        return embedding(sources) if norm is None else embedding(sources, norm.weight, norm.bias, norm.eps)
+
+    def _one_by_one(self, ids: Tensor, types: Tensor | None, ctx: Context) -> Tensor:
         x = self.tokens(ids)
         if self.scale != 1.0:
             x = x * self.scale
-        added = placed(self.positions, ids, x.dtype, ctx)
         if self.types is not None:
-            types = inputs.get("types")
             x = x + (self.types.dense_weight()[0] if types is None else self.types(types))
-        if added is not None and not self.late:
+        if not self.late and (added := placed(self.positions, ids, x.dtype, ctx)) is not None:
             x = x + added
-        if self.norm is not None:
-            x = self.norm(x)
-        if self.project is not None:
-            x = self.project(x, ctx)
-        if added is not None and self.late:
-            x = x + added
-        return dropout(x, self.rate, ctx.at("stem"), self.training, "dropout"), ctx
+        return x if self.norm is None else self.norm(x)
 
 
 @register("stem", "linear", summary="a linear of feature vectors")
