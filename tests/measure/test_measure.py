@@ -43,6 +43,12 @@ def test_every_contender_runs_every_round_in_turning_order() -> None:
     assert "".join(seen) == "abbaabba" and {len(t.seconds) for t in times.values()} == {4}
 
 
+def test_a_turn_is_several_calls_in_a_row() -> None:
+    seen: list[str] = []
+    times = alternate({name: (lambda name=name: seen.append(name)) for name in "ab"}, rounds=2, warmup=0, turn=3)
+    assert "".join(seen) == "aaabbbbbbaaa" and {len(t.seconds) for t in times.values()} == {2}
+
+
 def test_timing_figures() -> None:
     fast, slow = Timing((1.0, 1.0, 1.0, 1.0)), Timing((2.0, 2.0, 2.0, 4.0))
     assert fast.over(slow) == 2.0 and slow.best == 2.0 and not fast.noisy and slow.noisy

@@ -54,11 +54,13 @@ def alternate(
     warmup: int = 1,
     seconds: float | None = None,
     pause: float = 0.0,
+    turn: int = 1,
 ) -> dict[str, Timing]:
     """Time every contender ``rounds`` times in one alternating run; ``seconds`` ends it early, after at least 3 rounds.
 
     Every other round runs in the opposite order, so that none always follows the same neighbour. ``pause`` seconds
-    before each time, threads of the last contender that still wait for work go to sleep.
+    before each time, threads of the last contender that still wait for work go to sleep. A ``turn`` of several calls
+    gives the mean of them: what a call costs that finds its weights and code where the last one left them.
     """
     for _ in range(warmup):
         for run in contenders.values():
@@ -70,8 +72,9 @@ def alternate(
         for name in names if index % 2 == 0 else reversed(names):
             time.sleep(pause)
             begin = time.perf_counter()
-            contenders[name]()
-            found[name].append(time.perf_counter() - begin)
+            for _ in range(turn):
+                contenders[name]()
+            found[name].append((time.perf_counter() - begin) / turn)
         if seconds is not None and index >= 2 and time.perf_counter() - started > seconds:
             break
     return {name: Timing(tuple(times)) for name, times in found.items()}

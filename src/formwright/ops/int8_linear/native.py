@@ -145,9 +145,10 @@ class Step:
         sizes = [term.out // width for term in terms[:2]] if heads else [0, 0]
         #: Values a row that its attention mixes, and of the queries, keys and values that it reads.
         self.mixes, self.reads = width * sizes[0], width * (sizes[0] + 2 * sizes[1])
+        eps, before = (0.0, False) if norm is None else norm[2:]
         self.call = _Step(
-            (_Weight * 4)(*[term.pointers for term in terms]), native.Norm.of(gain, shift, 0.0 if norm is None else norm.eps),
-            *sizes, width, scale, causal, rounded, ACTIVATIONS[activation], joins, norm is not None and norm.before,
+            (_Weight * 4)(*[term.pointers for term in terms]), native.Norm.of(gain, shift, eps), *sizes, width, scale,
+            causal, rounded, ACTIVATIONS[activation], joins, before,
         )  # fmt: skip
 
     @staticmethod
