@@ -13,9 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import formwright as fw
+import small
 from formwright import surgery
 from formwright.kit.errors import DataError, Refusal, SpecError
 from formwright.models.build import build
+from formwright.models.text import packed
+from formwright.ops import int8_linear as op
+from formwright.ops import native
 from formwright.ops.int8_linear import SCHEMES
 from formwright.parts.base import LinearLike
 from formwright.parts.linears.dense import Dense
@@ -77,7 +81,6 @@ def test_function_is_preserved(scheme: str, outliers: str) -> None:
 
 @pytest.mark.parametrize("levels", [64, None])
 def test_planted_outliers_are_found_and_kept_in_float(levels: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from formwright.ops import int8_linear as op
     from formwright.ops.int8_linear import products
 
     if levels is not None:
@@ -174,8 +177,6 @@ def test_copies_run_by_themselves() -> None:
 
 
 def test_projections_of_one_input_share_its_integers(monkeypatch: pytest.MonkeyPatch) -> None:
-    from formwright.ops import int8_linear as op
-
     model = int8(decoder(layers=1))
     calls = []
     prepare, linear, run = op.prepare, op.linear, op.Step.run
@@ -343,3 +344,23 @@ def test_a_real_encoder_keeps_its_vectors(minilm: Any) -> None:
     small = surgery.apply(surgery.copy(minilm), "llm-int8", evidence=texts[:16])
     cosine, spearman = agreement(minilm.encode(texts, as_tensor=True), small.encode(texts, as_tensor=True))
     assert cosine >= 0.995 and spearman >= 0.99
+
+
+@pytest.mark.skipif(native.level() not in op.FAST, reason="this machine has no compiled 8-bit kernels")
+@pytest.mark.parametrize("order", ["post", "pre"])
+def test_a_whole_encoder_is_one_compiled_call(monkeypatch: pytest.MonkeyPatch, order: str) -> None:
+    spec = small.spec({"part": "mean-pool", "normalize": True})
+    spec["defaults"] = {"norm": "layernorm", "order": order}
+    spec["layers"][0]["layers"][0]["heads"] = 2
+    model = build(spec, seed=0)
+    batch = packed(model, [[2, 9, 30, 3], [2, 3], [2] + list(range(20, 60)) + [3]])
+    fw.apply(model, "llm-int8", outliers="none")
+    calls, run = [], op.Step.run
+    monkeypatch.setattr(
+        op.Step, "run", staticmethod(lambda steps, *rest: calls.append(len(steps)) or run(steps, *rest))
+    )
+    together = model.vectors(batch)
+    assert calls == [4]
+    monkeypatch.setattr(op.Step, "takes", staticmethod(lambda x: False))
+    # Values on the border of two steps may fall either way where a norm is summed in another order.
+    assert (model.vectors(batch) * together).sum(1).min() > 0.9999 and calls == [4]
