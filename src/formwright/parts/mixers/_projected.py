@@ -89,8 +89,11 @@ class Projected(Part):
         if ctx.visible.causal and not self.traits.causal:
             raise SpecError(f"{ctx.path or name}: {name} reads later tokens, so it cannot keep the rule 'causal'")
 
-    def check_length(self, x: Tensor, ctx: Context, most: int, past: int = 0) -> None:
-        """A DataError where a row of ``x``, behind ``past`` tokens at most, passes the ``most`` tokens of a table."""
+    def check_length(
+        self, x: Tensor, ctx: Context, most: int, past: int = 0, option: str = "length", each: int = 1
+    ) -> None:
+        """A DataError where a row of ``x``, behind ``past`` tokens at most, passes the ``most`` tokens of a table,
+        whose size ``option`` states in units of ``each`` tokens."""
         if past + x.shape[1] <= most:
             return
         own = torch.tensor(x.shape[1]) if ctx.lengths is None else ctx.lengths
@@ -99,7 +102,7 @@ class Projected(Part):
             name = type(self).registered[1]  # type: ignore[attr-defined]
             raise DataError(
                 f"{ctx.path or name}: {longest} tokens pass the {most} of this {name}'s table; cut the text, or build "
-                f"it with length={longest}"
+                f"it with {option}={-(-longest // each)}"
             )
 
     def mixing_macs(self, length: int, past: int) -> int:
