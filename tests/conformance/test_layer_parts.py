@@ -28,10 +28,10 @@ from conformance.samples import (
 )
 from formwright import build
 from formwright.engine.state import State
-from formwright.kit.errors import DataError
+from formwright.kit.errors import DataError, SpecError
 from formwright.models.items import repacked
 from formwright.parts.base import Part, Shape, linears
-from formwright.parts.context import Context, Notes
+from formwright.parts.context import Context, Notes, Visible
 from formwright.spec import ModelSpec
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -281,6 +281,37 @@ def test_no_output_depends_on_a_later_input(case: Case) -> None:
         torch.testing.assert_close(
             part(changed, ctx)[:, : place + 1], y[:, : place + 1].detach(), rtol=1e-12, atol=1e-12
         )
+
+
+RULES = {
+    "causal": Visible(causal=True),
+    "window": Visible(window=2),
+    "prefix": Visible(causal=True, prefix=2),
+    "segments": Visible(segments=torch.tensor([[0, 0, 0, 1, 1, 1]])),
+    "context": Visible(context=2),
+}
+
+
+@each("rules", "mixer", only=lambda part: not part.reads)
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_of_visibility_is_kept_or_refused(case: Case, name: str) -> None:
+    """Kept: a change reaches the tokens that may see it, and no others. Refused: naming the place and the part."""
+    part, rule = case.build(), RULES[name]
+    x = draw(1, 6, WIDTH)
+    ctx = furnished(part, x, path="here").replace(visible=rule)
+    try:
+        y = part(x, ctx)
+    except SpecError as error:
+        assert str(error).startswith("here: ") and case.name in str(error)
+        return
+    places = torch.arange(6)[None]
+    seen = rule.mask(places, places, rule.segments, rule.segments)[0]
+    for place in range(6):
+        changed = x.clone()
+        changed[:, place] += 3.0 * draw(1, WIDTH, seed=4)
+        moved = (part(changed, ctx) - y).abs().amax((0, 2)) > 1e-12
+        assert not (moved & ~seen[:, place]).any()
+        assert name != "prefix" or place != 1 or moved[0], "the prefix is seen by all"
 
 
 @each("streams", *LAYER_KINDS, only=lambda part: part.traits.streams)

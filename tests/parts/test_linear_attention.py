@@ -60,7 +60,7 @@ def test_rules_are_kept_or_refused(name: str) -> None:
 
 
 def test_wrong_options() -> None:
-    with pytest.raises(SpecError, match="heads=5 must divide width 32"):
+    with pytest.raises(SpecError, match="heads=5 does not divide width 32"):
         make_part({"part": "linear-attention", "heads": 5}, WIDTH)
     with pytest.raises(SpecError, match="feature='cosine'"):
         make_part({"part": "linear-attention", "heads": 4, "feature": "cosine"}, WIDTH)

@@ -20,6 +20,16 @@ from formwright.parts.linears.dense import Dense
 RULES = ("window", "prefix", "segments", "context")
 
 
+def head_sizes(width: int, heads: int, kv_heads: int | None, head_width: int | None) -> tuple[int, int]:
+    """(kv_heads, head_width), by default ``heads`` and W / heads; SpecError where they do not divide."""
+    groups = heads if kv_heads is None else kv_heads
+    if heads < 1 or groups < 1 or heads % groups:
+        raise SpecError(f"kv_heads={groups} must divide heads={heads}")
+    if head_width is None and width % heads:
+        raise SpecError(f"heads={heads} does not divide width {width}; give head_width")
+    return groups, width // heads if head_width is None else head_width
+
+
 class Projected(Part):
     """Slots ``q`` (heads*head_width, W), ``k``, ``v`` (kv_heads*head_width, W) and ``o`` (W, heads*head_width).
 
@@ -29,7 +39,8 @@ class Projected(Part):
         dropout: rate on the output of ``o`` while training.
     """
 
-    v: LinearLike
+    registered: tuple[str, str]
+    v: Dense
 
     def __init__(
         self,
@@ -44,12 +55,7 @@ class Projected(Part):
         inputs: tuple[str, ...] = ("q", "k", "v"),
     ) -> None:
         super().__init__()
-        groups = heads if kv_heads is None else kv_heads
-        if heads < 1 or groups < 1 or heads % groups:
-            raise SpecError(f"kv_heads={groups} must divide heads={heads}")
-        if head_width is None and width % heads:
-            raise SpecError(f"heads={heads} must divide width {width}, or give head_width")
-        self.head_width = width // heads if head_width is None else head_width
+        groups, self.head_width = head_sizes(width, heads, kv_heads, head_width)
         self.rate, self.inputs = dropout, inputs
         inner = {"q": heads, "k": groups, "v": groups}
         for name in inputs:
@@ -57,6 +63,10 @@ class Projected(Part):
         self.o = Dense(heads * self.head_width, width, bias if out_bias is None else out_bias, "o")
         made = {name: ("heads*head" if name == "q" else "kv_heads*head", "stream") for name in inputs}
         self.axes = {**made, "o": ("stream", "heads*head")}
+
+    @property
+    def name(self) -> str:
+        return type(self).registered[1]
 
     @property
     def heads(self) -> int:
@@ -82,12 +92,12 @@ class Projected(Part):
 
     def check_rules(self, ctx: Context) -> None:
         """A SpecError for a rule of the context that this mixer cannot keep."""
-        name = type(self).registered[1]  # type: ignore[attr-defined]
+        where = f"{ctx.path or self.name}: {self.name}"
         for rule in RULES:
             if getattr(ctx.visible, rule) is not None:
-                raise SpecError(f"{ctx.path or name}: {name} cannot keep the rule {rule!r}; use attention for it")
+                raise SpecError(f"{where} cannot keep the rule {rule!r}; use attention for it")
         if ctx.visible.causal and not self.traits.causal:
-            raise SpecError(f"{ctx.path or name}: {name} reads later tokens, so it cannot keep the rule 'causal'")
+            raise SpecError(f"{where} reads later tokens, so it cannot keep the rule 'causal'")
 
     def check_length(
         self, x: Tensor, ctx: Context, most: int, past: int = 0, option: str = "length", each: int = 1
@@ -99,10 +109,9 @@ class Projected(Part):
         own = torch.tensor(x.shape[1]) if ctx.lengths is None else ctx.lengths
         longest = int((own if ctx.state is None else own + ctx.state.seen).max()) if len(x) else 0
         if longest > most:
-            name = type(self).registered[1]  # type: ignore[attr-defined]
             raise DataError(
-                f"{ctx.path or name}: {longest} tokens pass the {most} of this {name}'s table; cut the text, or build "
-                f"it with {option}={-(-longest // each)}"
+                f"{ctx.path or self.name}: {longest} tokens pass the {most} of this {self.name}'s table; cut the "
+                f"text, or build it with {option}={-(-longest // each)}"
             )
 
     def mixing_macs(self, length: int, past: int) -> int:
