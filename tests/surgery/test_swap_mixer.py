@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import formwright as fw
 import small
-from formwright.kit.errors import Refusal, SpecError
+from formwright.kit.errors import DataError, Refusal, SpecError
 from formwright.objectives.distillation import divergence
 from formwright.surgery.samples import decoder, encoder, equal, reloaded, said, state, tokens
 
@@ -132,6 +132,14 @@ def test_tables_are_as_long_as_the_positions(mixer: str, options: dict[str, Any]
     with pytest.raises(Refusal, match=rf"b0.attention: {mixer} has a table .*say options=\{{'length': TOKENS\}}"):
         swapped(endless, mixer, options)
     assert swapped(endless, mixer, {**options, "length": 20}).limit == 20
+
+
+def test_generation_ends_with_the_table() -> None:
+    model = swapped(decoder(), "synthesizer", {"kinds": ["random", "dot"], "length": 12})
+    said_of = fw.generate(model, [[1, 2, 3], [4, 5]], max_new=40)
+    assert [len(row) for row in said_of] == [10, 11]
+    with pytest.raises(DataError, match="prompt 0 has 13 tokens and the model 12 positions"):
+        fw.generate(model, [[1] * 13], max_new=1)
 
 
 def test_from_one_pattern_to_another_and_back() -> None:

@@ -66,6 +66,7 @@ class Projected(Part):
 
     @property
     def name(self) -> str:
+        """As it is registered, for sentences."""
         return type(self).registered[1]
 
     @property

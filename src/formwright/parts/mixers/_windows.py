@@ -25,10 +25,11 @@ from formwright.parts.positions import check_rotary, rotary_angles, rotate
 
 
 class Windowed(Projected):
-    """Slots and shared arguments as :class:`Projected`, and
+    """Slots and arguments as :class:`Projected`.
 
-    rotary: {"theta", "width", "interleaved", "scaling"}, as attention takes it.
-    scale: of the scores; default head_width ** -0.5.
+    Args:
+        rotary: {"theta", "width", "interleaved", "scaling"}, as attention takes it.
+        scale: of the scores; default head_width ** -0.5.
     """
 
     q: Dense
