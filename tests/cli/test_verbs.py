@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -148,6 +149,22 @@ def test_apply_by_name(run: Run, home: Path, tmp_path: Path) -> None:
     assert code == 0 and "wrote" in err
     assert fw.load(tmp_path / "int8").history[0].name == "llm-int8"
     refused(run("apply", tmp_path / "int8", "llm-int8", "outliers=none", "--out", tmp_path / "again"), "already int8")
+
+
+def test_apply_and_heal(run: Run, home: Path, tmp_path: Path) -> None:
+    words = ("apply", home / "encoder", "swap-mixer", "mixer=local", 'options={"block": 4}')
+    data = ("--data", home / "tickets.csv", "--text", "body")
+    code, _, err = run(*words, "--heal", 3, *data, "--out", tmp_path / "near")
+    assert code == 0 and "q, k, v, o kept their weights" in err and "healed 3 steps" in err
+    model = fw.load(tmp_path / "near")
+    assert [entry.name for entry in model.history] == ["swap-mixer", "healed"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        code, _, err = run("apply", home / "encoder", "swap-mixer", "mixer=mamba", "--out", tmp_path / "mamba")
+    assert code == 0 and "note: swap-mixer: Put mamba" in err and "starting anew" in err
+    refused(run(*words, "--heal", 0, "--out", tmp_path / "x"), "--heal 0")
+    refused(run(*words, "--heal", 2, "--data", tmp_path / "no.csv", "--out", tmp_path / "x"), "no.csv")
+    assert not (tmp_path / "x").exists()
 
 
 def test_encode(run: Run, home: Path, tmp_path: Path) -> None:

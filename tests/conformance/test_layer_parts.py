@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,9 +28,10 @@ from conformance.samples import (
 )
 from formwright import build
 from formwright.engine.state import State
+from formwright.kit.errors import DataError, SpecError
 from formwright.models.items import repacked
 from formwright.parts.base import Part, Shape, linears
-from formwright.parts.context import Context, Notes
+from formwright.parts.context import Context, Notes, Visible
 from formwright.spec import ModelSpec
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -147,6 +151,93 @@ def test_empty_batches_and_rows(case: Case) -> None:
     assert run_packed(part, x, ctx).shape == x.shape
 
 
+@each("all-padding", *LAYER_KINDS)
+def test_rows_of_nothing_but_padding(case: Case) -> None:
+    """They teach nothing: every gradient is zero, and none is NaN."""
+    part = case.build()
+    x = draw(3, 4, WIDTH).requires_grad_()
+    ctx = furnished(part, x.detach()).replace(lengths=torch.zeros(3, dtype=torch.long))
+    y = part(x, ctx)
+    assert y.shape == x.shape
+    (y * ctx.valid(y)[..., None]).sum().backward()
+    for tensor in (x, *part.parameters()):
+        assert tensor.grad is None or not tensor.grad.any()
+
+
+@each("apart", *LAYER_KINDS)
+def test_nan_in_one_row_stays_there(case: Case) -> None:
+    """Rows of several chunks, none a multiple of one; the others are as without it, in one pass and as streams."""
+    part = case.build(torch.float32)
+    clean, broken = with_nan((70, 131, 33))
+    (x, lengths), (bad, _) = padded(clean), padded(broken)
+    ctx = furnished(part, x, path="here")
+    with torch.no_grad():
+        wanted, found = part(x, ctx.replace(lengths=lengths)), part(bad, ctx.replace(lengths=lengths))
+        calls, state = [], State(3)
+        for start, stop in ((0, 66), (66, 70)) if part.traits.streams else ():
+            calls.append(part(bad[:, start:stop], ctx.replace(state=state)))
+            state.advance(None, stop - start)
+        for row, length in ((0, 70), (2, 33)):
+            assert torch.equal(found[row, :length], wanted[row, :length])
+            if calls:
+                streamed = torch.cat(calls, 1)[row, :length]
+                torch.testing.assert_close(streamed, wanted[row, :length], rtol=1e-4, atol=1e-4)
+
+
+@each("packed-apart", *LAYER_KINDS)
+def test_nan_in_one_document_stays_there(case: Case) -> None:
+    """The same for documents packed end to end."""
+    part = case.build(torch.float32)
+    clean, broken = with_nan((70, 131, 33))
+    (flat, offsets), (bad, _), (x, lengths) = packed(clean), packed(broken), padded(clean)
+    ctx = furnished(part, x)
+    layout = ctx.replace(offsets=offsets, borders=tuple(offsets.tolist()))
+    with torch.no_grad():
+        rowwise = part(x, ctx.replace(lengths=lengths))
+        wanted, found = run_packed(part, flat, layout), run_packed(part, bad, layout)
+    for row, (start, stop) in ((0, (0, 70)), (2, (201, 234))):
+        assert torch.equal(found[0, start:stop], wanted[0, start:stop])
+        torch.testing.assert_close(wanted[0, start:stop], rowwise[row, : stop - start], rtol=1e-4, atol=1e-4)
+
+
+def with_nan(lengths: tuple[int, int, int]) -> tuple[list[Tensor], list[Tensor]]:
+    """Three rows, and the same with nothing but NaN in the second."""
+    clean = rows(lengths, dtype=torch.float32)
+    return clean, [clean[0], torch.full_like(clean[1], float("nan")), clean[2]]
+
+
+@each("half", *LAYER_KINDS)
+def test_half_precision(case: Case) -> None:
+    """Close on ordinary numbers; over many large tokens finite, since sums over tokens pass what float16 can hold."""
+    part, exact = case.build(torch.float32).half(), case.build(torch.float64)
+    x = draw(2, 40, WIDTH)
+    with torch.no_grad():
+        y, wanted = part(x.half(), furnished(part, x.half())), exact(x, furnished(exact, x))
+        assert y.dtype == torch.float16
+        assert (y.double() - wanted).norm() < 0.02 * wanted.norm()
+        many = (8 * draw(1, 600, WIDTH)).half()
+        wanted = exact(many.double(), furnished(exact, many.double()))
+        if wanted.abs().max() < 3e4:  # what passes float16 itself has no other answer than infinity
+            assert torch.isfinite(part(many, furnished(part, many))).all()
+
+
+@each("beyond", *LAYER_KINDS, only=lambda part: part.traits.length != "any")
+def test_beyond_the_table(case: Case) -> None:
+    """A sentence that names the place, the part, what it can take, and an option with which it takes more."""
+    part = case.build()
+    most = part.traits.length
+    x = draw(1, most + 1, WIDTH)
+    ctx = furnished(part, x, path="here")
+    assert part(x[:, :most], ctx).shape == (1, most, WIDTH)
+    assert part(x, ctx.replace(lengths=torch.tensor([most]))).shape == x.shape
+    with pytest.raises(DataError, match=rf"here: {most + 1} tokens pass the {most} of .*{case.name}") as error:
+        part(x, ctx)
+    remedy = re.search(r"build it with (\w+)=(\d+)$", str(error.value))
+    assert remedy is not None
+    longer = replace(case, options={**case.options, remedy[1]: int(remedy[2])}).build()
+    assert longer(x, furnished(longer, x)).shape == x.shape
+
+
 @each("gradcheck", *LAYER_KINDS, only=lambda part: part.traits.gradient == "exact")
 def test_gradient_is_exact(case: Case) -> None:
     part = case.build()
@@ -190,6 +281,37 @@ def test_no_output_depends_on_a_later_input(case: Case) -> None:
         torch.testing.assert_close(
             part(changed, ctx)[:, : place + 1], y[:, : place + 1].detach(), rtol=1e-12, atol=1e-12
         )
+
+
+RULES = {
+    "causal": Visible(causal=True),
+    "window": Visible(window=2),
+    "prefix": Visible(causal=True, prefix=2),
+    "segments": Visible(segments=torch.tensor([[0, 0, 0, 1, 1, 1]])),
+    "context": Visible(context=2),
+}
+
+
+@each("rules", "mixer", only=lambda part: not part.reads)
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_of_visibility_is_kept_or_refused(case: Case, name: str) -> None:
+    """Kept: a change reaches the tokens that may see it, and no others. Refused: naming the place and the part."""
+    part, rule = case.build(), RULES[name]
+    x = draw(1, 6, WIDTH)
+    ctx = furnished(part, x, path="here").replace(visible=rule)
+    try:
+        y = part(x, ctx)
+    except SpecError as error:
+        assert str(error).startswith("here: ") and case.name in str(error)
+        return
+    places = torch.arange(6)[None]
+    seen = rule.mask(places, places, rule.segments, rule.segments)[0]
+    for place in range(6):
+        changed = x.clone()
+        changed[:, place] += 3.0 * draw(1, WIDTH, seed=4)
+        moved = (part(changed, ctx) - y).abs().amax((0, 2)) > 1e-12
+        assert not (moved & ~seen[:, place]).any()
+        assert name != "prefix" or place != 1 or moved[0], "the prefix is seen by all"
 
 
 @each("streams", *LAYER_KINDS, only=lambda part: part.traits.streams)

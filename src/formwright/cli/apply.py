@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from formwright.cli.common import Data, Model, Plugin, Seed, TaskName, Text, Threads, load, say, set_threads
-from formwright.cli.plan import evidence, options_from
+from formwright.cli.plan import Texts, evidence, options_from
 from formwright.kit.errors import DataError, SpecError
 from formwright.registry import register
 
@@ -25,6 +25,9 @@ def apply(
     task: TaskName = None,
     data: Data = None,
     text: Text = None,
+    heal: Annotated[
+        int | None, typer.Option("--heal", help="then train so many steps to answer as before, on the same texts")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the directory if it holds a model")] = False,
     seed: Seed = 0,
     threads: Threads = None,
@@ -34,6 +37,8 @@ def apply(
     set_threads(threads)
     if (plan is None) == (surgery is None):
         raise SpecError("give either --plan FILE or the name of a surgery")
+    if heal is not None and heal < 1:
+        raise SpecError(f"--heal {heal}: give at least 1 step, or leave it out")
     from formwright.hub import save
     from formwright.surgery import Plan
     from formwright.surgery import apply as carry_out
@@ -55,7 +60,22 @@ def apply(
         named(surgery)
         loaded = load(model, plugin)
         decided = decide(loaded, surgery, evidence(loaded, task, data, text, seed), **options_from(options or []))
+    original = None if heal is None else _original(loaded)
     carry_out(loaded, decided)
-    save(loaded, out, overwrite=overwrite)
     say(f"  {named(decided.surgery).words(decided)}")
+    if original is not None:
+        from formwright.training import heal as train_back
+
+        done = train_back(loaded, original, Texts(task, data, text, seed).all(), steps=heal, seed=seed)
+        say(f"  healed {done.steps} steps")
+    save(loaded, out, overwrite=overwrite)
     say(f"  wrote {out}/")
+
+
+def _original(model: Any) -> Any:
+    """What ``model`` is healed against, kept before it changes; a DataError where there is nothing to read."""
+    from formwright.surgery import copy
+
+    if getattr(model, "tokenizer", None) is None:
+        raise DataError("--heal reads texts, and this model carries no tokenizer")
+    return copy(model)

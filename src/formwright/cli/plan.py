@@ -63,11 +63,13 @@ class Texts:
     def __init__(self, task: str | None, data: str | None, text: str | None, seed: int) -> None:
         self.task, self.data, self.text, self.seed = task, data, text, seed
 
-    def __iter__(self) -> Iterator[str]:
+    def all(self) -> list[str]:
         if self.data is not None and self.task is None:
-            texts = read_texts(Path(self.data), self.text)
-        else:
-            texts = make_task(self.task or "retrieval/stdlib", data=self.data, text=self.text).texts("calibrate")
+            return read_texts(Path(self.data), self.text)
+        return make_task(self.task or "retrieval/stdlib", data=self.data, text=self.text).texts("calibrate")
+
+    def __iter__(self) -> Iterator[str]:
+        texts = self.all()
         return iter(random.Random(self.seed).sample(texts, min(EVIDENCE, len(texts))))
 
 

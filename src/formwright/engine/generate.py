@@ -136,8 +136,8 @@ def _read(model: Any, prompts: Any, stop: Any, end: bool, start: int | None) -> 
     if isinstance(model, System):
         return _system(model, rows, texts, single, tokenizer, frozenset(ends), words, start)
     rows = [row or _opening(model, tokenizer) for row in rows]
-    _check_rows(model, rows, model.stem.limit)
-    return _Asked(rows, texts, single, tokenizer, frozenset(ends), words, model.stem.limit, None)
+    _check_rows(model, rows, model.reach)
+    return _Asked(rows, texts, single, tokenizer, frozenset(ends), words, model.reach, None)
 
 
 def _encode(model: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -164,12 +164,12 @@ def _system(model: System, rows, texts, single, tokenizer, ends, words, start: i
     sources = model.spec.towers[model.spec.output].memory  # type: ignore[union-attr]
     if len(sources) != 1:
         raise Refusal(f"generate reads one encoder; {model.spec.output} reads {', '.join(sources) or 'none'}")
-    _check_rows(model.tower(sources[0]), rows, model.tower(sources[0]).stem.limit)
+    _check_rows(model.tower(sources[0]), rows, model.tower(sources[0]).reach)
     first = start if start is not None else tokenizer.pad_id if tokenizer is not None else 0
     tokens, lengths = pad(rows)
     field = f"{sources[0]}.tokens"
     inputs = Batch(inputs={field: tokens}, lengths={field: lengths})
-    return _Asked([[first] for _ in rows], texts, single, tokenizer, ends, words, owner.stem.limit, inputs)
+    return _Asked([[first] for _ in rows], texts, single, tokenizer, ends, words, owner.reach, inputs)
 
 
 def _check_rows(model: Any, rows: Sequence[Sequence[int]], limit: int | None) -> None:

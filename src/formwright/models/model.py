@@ -219,6 +219,13 @@ class Model(TextFace, ItemList):
         """Whether it may be run call by call with a state."""
         return all(traits.streams for traits in self._traits())
 
+    @property
+    def reach(self) -> int | None:
+        """The longest sequence that its tables of positions take, the stem's and those of parts; None for any."""
+        held = [part.traits.length for _, part in self.parts()]
+        known = [length for length in (self.stem.limit, *held) if length is not None and length != "any"]
+        return min(known) if known else None
+
     def _traits(self) -> Iterator[Traits]:
         for item in self.walk():
             yield from (part.traits for _, part in item.parts())

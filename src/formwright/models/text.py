@@ -40,9 +40,8 @@ class TextFace:
 
     @property
     def limit(self) -> int | None:
-        """The longest sequence it reads: its own setting or the stem's table, whichever is shorter."""
-        stem = self.stem.limit  # type: ignore[attr-defined]
-        known = [length for length in (self.max_length, stem) if length is not None]
+        """The longest sequence it reads: its own setting or what its tables take, whichever is shorter."""
+        known = [length for length in (self.max_length, self.reach) if length is not None]  # type: ignore[attr-defined]
         return min(known) if known else None
 
     def rows(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[list[int]]:

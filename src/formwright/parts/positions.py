@@ -29,8 +29,9 @@ SCALINGS = {
 }
 
 
-def check_rotary(options: Mapping[str, Any]) -> None:
-    """SpecError for an unknown key or a scaling that lacks an argument."""
+def check_rotary(options: Mapping[str, Any], head: int | None = None) -> None:
+    """SpecError for an unknown key, a scaling that lacks an argument, or a width that a ``head`` of so many entries
+    has not."""
     for key in options:
         if key not in ROTARY_KEYS:
             raise SpecError(unknown("rotary option", key, ROTARY_KEYS))
@@ -41,6 +42,10 @@ def check_rotary(options: Mapping[str, Any]) -> None:
     missing = SCALINGS[kind] - set(scaling)
     if missing:
         raise SpecError(f"rotary scaling {kind!r} needs {', '.join(sorted(missing))}")
+    if head is not None:
+        turned = options.get("width") or head
+        if turned > head or turned % 2:
+            raise SpecError(f"rotary turns pairs of a head's {head} entries, so its width cannot be {turned}")
 
 
 def rotary_frequencies(width: int, options: Mapping[str, Any], length: int) -> tuple[Tensor, float]:

@@ -1,7 +1,7 @@
 """Conditioners run once per forward, after the stem, and fill the context for the layers that read them.
 
 ``relative-bias``: T5's learned table of distances (Raffel et al., 2019, 1910.10683), shared by all layers that name it.
-``label``: an embedding of a class for adaptive norms.
+``label``: an embedding of a class for adaptive norms. ``length-projection``: one table for all Linformer layers.
 """
 
 from __future__ import annotations
@@ -75,3 +75,27 @@ class Label(Conditioner):
         if self.source not in ctx.condition:
             raise SpecError(f"conditioner {name!r} reads condition {self.source!r}, which this call does not carry")
         return ctx.replace(condition={**ctx.condition, name: self.table(ctx.condition[self.source])})
+
+
+@register(
+    "conditioner",
+    "length-projection",
+    paper=Paper("Wang et al.", 2020, "2006.04768"),
+    summary="one projection of the length for all linformer layers",
+)
+class LengthProjection(Conditioner):
+    """Writes its parameter ``e`` (rank, length), the E of every ``linformer`` with share="layerwise" that names it."""
+
+    examples = ({"length": 20, "rank": 4},)
+
+    def __init__(self, width: int, *, length: int, rank: int) -> None:
+        super().__init__()
+        if length < 1 or rank < 1:
+            raise SpecError(f"length={length} and rank={rank} must be at least 1")
+        self.e = nn.Parameter(torch.empty(rank, length))
+
+    def reset(self, generator: torch.Generator) -> None:
+        self.e.copy_(torch.randn(self.e.shape, generator=generator) * self.e.shape[0] ** -0.5)
+
+    def forward(self, x: Tensor, ctx: Context, name: str) -> Context:
+        return ctx.replace(condition={**ctx.condition, name: self.e})

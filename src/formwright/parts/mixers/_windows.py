@@ -17,35 +17,23 @@ from torch import Tensor
 
 from formwright.kit.errors import SpecError
 from formwright.ops.attention import attention, attention_reference
-from formwright.parts.base import (
-    Cost,
-    Part,
-    Shape,
-    Slot,
-    cost_sum,
-    costed,
-    dropout,
-    element_bytes,
-    own_parameters,
-    project,
-)
+from formwright.parts.base import Cost, Shape, Slot, cost_sum, costed, element_bytes, own_parameters
 from formwright.parts.context import EMPTY, Context
 from formwright.parts.linears.dense import Dense
+from formwright.parts.mixers._projected import Projected
 from formwright.parts.positions import check_rotary, rotary_angles, rotate
 
 
-class Windowed(Part):
-    """Slots ``q`` (heads*head_width, W), ``k``, ``v`` (kv_heads*head_width, W) and ``o`` (W, heads*head_width).
+class Windowed(Projected):
+    """Slots and arguments as :class:`Projected`.
 
-    Shared arguments:
-        heads, kv_heads, head_width: ``kv_heads`` divides ``heads``; head_width defaults to W / heads.
-        bias, out_bias: biases of q, k, v, and of o (default: as ``bias``).
+    Args:
         rotary: {"theta", "width", "interleaved", "scaling"}, as attention takes it.
         scale: of the scores; default head_width ** -0.5.
-        dropout: rate on the output of ``o`` while training.
     """
 
-    registered: tuple[str, str]
+    q: Dense
+    k: Dense
     #: Earlier tokens that a later call of a stream needs; None: all.
     memory: int | None = None
     #: Leading tokens that everyone sees, kept beside those.
@@ -63,37 +51,13 @@ class Windowed(Part):
         scale: float | None,
         dropout: float,
     ) -> None:
-        super().__init__()
-        kv_heads = heads if kv_heads is None else kv_heads
-        if heads < 1 or kv_heads < 1 or heads % kv_heads:
-            raise SpecError(f"kv_heads={kv_heads} must divide heads={heads}")
-        if head_width is None and width % heads:
-            raise SpecError(f"heads={heads} does not divide width {width}; give head_width")
-        head = width // heads if head_width is None else head_width
+        super().__init__(
+            width, heads=heads, kv_heads=kv_heads, head_width=head_width, bias=bias, out_bias=out_bias,
+            dropout=dropout,
+        )  # fmt: skip
         if rotary is not None:
-            check_rotary(rotary)
-            turned = rotary.get("width") or head
-            if turned > head or turned % 2:
-                raise SpecError(f"rotary turns pairs of a head's {head} entries, so its width cannot be {turned}")
-        self.head_width, self.scale, self.rate, self.rotary = head, scale, dropout, rotary
-        self.q = Dense(width, heads * head, bias, "q")
-        self.k = Dense(width, kv_heads * head, bias, "k")
-        self.v = Dense(width, kv_heads * head, bias, "v")
-        self.o = Dense(heads * head, width, bias if out_bias is None else out_bias, "o")
-        self.axes = {
-            "q": ("heads*head", "stream"),
-            "k": ("kv_heads*head", "stream"),
-            "v": ("kv_heads*head", "stream"),
-            "o": ("stream", "heads*head"),
-        }
-
-    @property
-    def heads(self) -> int:
-        return self.q.out_features // self.head_width
-
-    @property
-    def kv_heads(self) -> int:
-        return self.k.out_features // self.head_width
+            check_rotary(rotary, self.head_width)
+        self.scale, self.rotary = scale, rotary
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ctx: Context) -> Tensor:
         """Whole sequences: q (B, L, H, D), k and v (B, L, G, D) -> (B, L, H, D)."""
@@ -119,13 +83,9 @@ class Windowed(Part):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """x (B, L, W) or (1, T, W) -> the same shape."""
-        if not ctx.visible.simple or (ctx.visible.causal and not self.traits.causal):
-            raise SpecError(
-                f"{ctx.path}: {self.registered[1]} has a pattern of its own and takes no further rule of visibility; "
-                "use attention there"
-            )
+        self.check_rules(ctx)
         x = ctx.clear(x)
-        q, k, v = (t.unflatten(-1, (-1, self.head_width)) for t in project([self.q, self.k, self.v], x, ctx))
+        q, k, v = self.enter(x, ctx)
         q, k = self.turned(q, k, x, ctx)
         if ctx.offsets is not None:
             y = self._packed(q, k, v, x, ctx)
@@ -135,7 +95,7 @@ class Windowed(Part):
             y = self.mix(q, k, v, x, ctx)
         if ctx.wants("probs"):
             ctx.note("probs", self.probs(q, k, v, ctx))
-        return dropout(self.o(y.flatten(2), ctx), self.rate, ctx, self.training, "dropout")
+        return self.leave(y, ctx)
 
     def turned(self, q: Tensor, k: Tensor, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """Queries (B, M, H, D) of the first M tokens and keys (B, L, G, D), turned by position where asked for."""
@@ -147,7 +107,7 @@ class Windowed(Part):
 
     def _packed(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ctx: Context) -> Tensor:
         if ctx.state is not None:
-            raise SpecError(f"{ctx.path}: {self.registered[1]} streams in the padded layout; give lengths, not offsets")
+            raise SpecError(f"{ctx.path}: {self.name} streams in the padded layout; give lengths, not offsets")
         alone = ctx.replace(offsets=None, borders=None, positions=None)
         documents = [slice(start, stop) for start, stop in ctx.spans() if stop > start]
         done = [self.mix(q[:, own], k[:, own], v[:, own], x[:, own], alone) for own in documents]
@@ -192,7 +152,7 @@ class Windowed(Part):
     def probs(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
         """(B, H, L, L) of whole sequences, written out for who asked to look."""
         if ctx.offsets is not None or (ctx.state is not None and bool(ctx.state.seen.any())):
-            raise SpecError(f"{ctx.path}: probs of {self.registered[1]} are those of whole, padded sequences")
+            raise SpecError(f"{ctx.path}: probs of {self.name} are those of whole, padded sequences")
         steps = torch.arange(q.shape[1], device=q.device)
         seen = self.sees(steps[:, None], steps[None])[None] & ctx.valid(q)[:, None]
         return attention_reference(q, k, v, scale=self.scale, seen=seen)[1]

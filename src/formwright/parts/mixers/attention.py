@@ -36,6 +36,7 @@ from formwright.parts.base import (
 )
 from formwright.parts.context import EMPTY, Context, Memory, Visible
 from formwright.parts.linears.dense import Dense
+from formwright.parts.mixers._projected import head_sizes
 from formwright.parts.norms.norms import LayerNorm, RMSNorm
 from formwright.parts.positions import alibi_slopes, check_rotary, rotary_angles, rotate
 from formwright.registry import Paper, register
@@ -95,21 +96,13 @@ class Attention(Part):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        kv_heads = heads if kv_heads is None else kv_heads
-        if heads < 1 or kv_heads < 1 or heads % kv_heads:
-            raise SpecError(f"kv_heads={kv_heads} must divide heads={heads}")
-        if head_width is None and width % heads:
-            raise SpecError(f"heads={heads} does not divide width {width}; give head_width")
+        kv_heads, head = head_sizes(width, heads, kv_heads, head_width)
         if window is not None and window < 1:
             raise SpecError(f"window={window} must be at least 1")
         if rotary is not None:
-            check_rotary(rotary)
+            check_rotary(rotary, head)
         if distance is not None and distance.get("kind") not in DISTANCES:
             raise SpecError(unknown("distance", str(distance.get("kind")), DISTANCES))
-        head = width // heads if head_width is None else head_width
-        turned = head if rotary is None else rotary.get("width") or head
-        if turned > head or (rotary is not None and turned % 2):
-            raise SpecError(f"rotary turns pairs of a head's {head} entries, so its width cannot be {turned}")
         if memory is not None and (causal or window is not None or rotary is not None or distance is not None):
             raise SpecError("cross-attention takes no causal, window, rotary or distance: a memory has no order here")
         self.head_width, self.scale, self.rate, self.memory = head, scale, dropout, memory

@@ -25,6 +25,7 @@ from formwright.ops.delta_rule.chunked import products
 from formwright.parts.base import Cost, LinearLike, Part, Shape, Slot, Traits, element_bytes, project
 from formwright.parts.context import EMPTY, Context
 from formwright.parts.linears.dense import Dense
+from formwright.parts.mixers._projected import head_sizes
 from formwright.parts.norms.norms import RMSNorm
 from formwright.parts.short_conv import ShortConv
 from formwright.registry import Paper, register
@@ -77,17 +78,13 @@ class DeltaNet(Part):
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        if heads < 1 or (head_width is None and width % heads):
-            raise SpecError(f"deltanet: heads={heads} does not divide width {width}; give head_width")
+        _, dk = head_sizes(width, heads, None, head_width)
         if feature not in FEATURES:
-            raise SpecError("deltanet: " + unknown("feature", feature, FEATURES))
+            raise SpecError(unknown("feature", feature, FEATURES))
         if qk_norm not in NORMS:
-            raise SpecError("deltanet: " + unknown("qk_norm", qk_norm, NORMS))
+            raise SpecError(unknown("qk_norm", qk_norm, NORMS))
         if qk_norm == "sum" and feature not in POSITIVE:
-            raise SpecError(
-                f"deltanet: qk_norm='sum' divides by a sum that feature={feature!r} can make zero; use 'l2'"
-            )
-        dk = width // heads if head_width is None else head_width
+            raise SpecError(f"qk_norm='sum' divides by a sum that feature={feature!r} can make zero; use 'l2'")
         dv = dk if value_width is None else value_width
         self.feature, self.qk_norm, self.most = feature, qk_norm, 2.0 if neg_eigval else 1.0
         self.q = Dense(width, heads * dk, False, "q")

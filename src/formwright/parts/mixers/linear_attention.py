@@ -4,7 +4,7 @@
 
 The sums run over all tokens, or with ``causal`` up to t. Katharopoulos et al., 2020 (2006.16236). Cost: 4 W^2
 multiply-accumulates a token for the slots and 2 W head_width for the sums, whatever the length. State: one matrix
-(head_width, head_width + 1) a head.
+(head_width, head_width + 1) for each head of keys.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class FeatureAttention(Projected):
         self.eps = eps
 
     def features(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        """(B, L, H, D) -> (B, L, H, features), not negative."""
+        """Queries (B, L, H, D) and keys (B, L, kv_heads, D) -> the same with features, not negative, for D."""
         raise NotImplementedError
 
     @property
@@ -53,7 +53,7 @@ class FeatureAttention(Projected):
         if not self.traits.streams:
             return {}
         dtype = torch.float32 if element_bytes(self) < 4 else None
-        return {"sums": Slot("fixed", (self.heads, self.feature_width, self.head_width + 1), dtype)}
+        return {"sums": Slot("fixed", (self.kv_heads, self.feature_width, self.head_width + 1), dtype)}
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         self.check_rules(ctx)
@@ -63,14 +63,19 @@ class FeatureAttention(Projected):
         q, k = self.features(q, k, ctx)
         k = ctx.clear(k)  # phi(0) is not zero, so padding would be summed
         borders = None if ctx.offsets is None else [0, *(stop for _, stop in ctx.spans())]
-        exact = torch.promote_types(v.dtype, torch.float32)
-        shape = (len(x), self.heads, q.shape[-1], self.head_width + 1)
-        start = None if ctx.state is None else ctx.slot("sums", lambda: v.new_zeros(shape, dtype=exact))
-        causal = self.traits.causal
+        shared, causal = self.heads // self.kv_heads, self.traits.causal
+        start = None if ctx.state is None else self._sums(v, ctx).repeat_interleave(shared, 1)
+        k, v = self.for_queries(k), self.for_queries(v)
         mixed, sums = linear_attention(q, k, v, causal=causal, state=start, borders=borders, eps=self.eps)
         if causal:
-            ctx.keep("sums", sums)
+            ctx.keep("sums", sums if shared == 1 else sums[:, ::shared].contiguous())
         return self.leave(mixed, ctx)
+
+    def _sums(self, v: Tensor, ctx: Context) -> Tensor:
+        """What the stream has summed so far, for each head of the keys."""
+        shape = (len(v), self.kv_heads, self.feature_width, self.head_width + 1)
+        exact = torch.promote_types(v.dtype, torch.float32)
+        return ctx.slot("sums", lambda: v.new_zeros(shape, dtype=exact))
 
     def mixing_macs(self, length: int, past: int) -> int:
         inner, outer = self.feature_width, self.head_width
@@ -79,17 +84,17 @@ class FeatureAttention(Projected):
     def cost(self, shape: Shape, knobs: Mapping[str, Any] = EMPTY) -> Cost:
         if not self.traits.streams:
             return super().cost(shape, knobs)
-        numbers = self.heads * self.feature_width * (self.head_width + 1)
+        numbers = self.kv_heads * self.feature_width * (self.head_width + 1)
         state_bytes = len(shape.lengths) * numbers * max(4, element_bytes(self))
         return super().cost(shape, knobs) + Cost(state_bytes=state_bytes)
 
 
 @register("mixer", "linear-attention", paper=Paper("Katharopoulos et al.", 2020, "2006.16236"))
 class LinearAttention(FeatureAttention):
-    """Slots ``q``, ``k``, ``v`` (heads*head_width, W) and ``o`` (W, heads*head_width).
+    """Slots as in ``attention``.
 
     Args:
-        heads, head_width, bias, out_bias, dropout: as in ``attention``.
+        heads, kv_heads, head_width, bias, out_bias, dropout: as in ``attention``.
         causal: sum over earlier tokens and the own one only; streams.
         feature: phi, "elu" (elu(x) + 1, the paper's), "relu" or "squared-relu".
         eps: added to the divisor; a query that meets no key gives zeros.
@@ -98,7 +103,7 @@ class LinearAttention(FeatureAttention):
     examples = (
         {"heads": 4},
         {"heads": 2, "causal": True},
-        {"heads": 2, "head_width": 5, "causal": True, "feature": "squared-relu", "bias": False, "eps": 1e-3},
+        {"heads": 4, "kv_heads": 2, "head_width": 5, "causal": True, "feature": "squared-relu", "bias": False},
     )
 
     def __init__(
@@ -106,6 +111,7 @@ class LinearAttention(FeatureAttention):
         width: int,
         *,
         heads: int,
+        kv_heads: int | None = None,
         head_width: int | None = None,
         causal: bool = False,
         feature: Literal["elu", "relu", "squared-relu"] = "elu",
@@ -115,8 +121,8 @@ class LinearAttention(FeatureAttention):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(
-            width, heads=heads, head_width=head_width, causal=causal, eps=eps, bias=bias, out_bias=out_bias,
-            dropout=dropout,
+            width, heads=heads, kv_heads=kv_heads, head_width=head_width, causal=causal, eps=eps, bias=bias,
+            out_bias=out_bias, dropout=dropout,
         )  # fmt: skip
         self.feature = feature
 

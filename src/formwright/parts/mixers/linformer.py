@@ -3,7 +3,8 @@
     o = softmax(q (E k)^T / sqrt(head_width)) (F v),   E and F (rank, length) learned
 
 Wang et al., 2020 (2006.04768). Every projected row mixes all positions, so there is no causal form; shorter texts use
-the first columns of E and F. Cost: 4 W^2 multiply-accumulates a token for the slots and 4 rank W for the rest.
+the first columns of E and F. One E may also serve keys and values of all layers: the conditioner ``length-projection``
+holds it then. Cost: 4 W^2 multiply-accumulates a token for the slots and 4 rank W for the rest.
 """
 
 from __future__ import annotations
@@ -23,19 +24,22 @@ from formwright.registry import Paper, register
 
 @register("mixer", "linformer", paper=Paper("Wang et al.", 2020, "2006.04768"))
 class Linformer(Projected):
-    """Slots as in ``attention``; tables ``e`` and ``f``, (rank, length), or (heads, rank, length) each.
+    """Slots as in ``attention``; tables ``e`` and ``f``, (rank, length), or (kv_heads, rank, length) each.
 
     Args:
-        heads, head_width, bias, out_bias, dropout: as in ``attention``.
+        heads, kv_heads, head_width, bias, out_bias, dropout: as in ``attention``.
         length: the longest text that it takes; a longer one is an error.
         rank: rows that keys and values are projected to.
-        share: "headwise" (one E and one F for all heads), "key-value" (one E for both), "none" (E and F a head).
+        share: "none" (an E and an F for each head of keys), "headwise" (one E and one F), "key-value" (one E for both),
+            or "layerwise" (one E for all layers, of the model's conditioner ``table``, which states the same sizes).
+        table: name of that conditioner.
     """
 
     examples = (
         {"heads": 4, "length": 700, "rank": 6},
         {"heads": 2, "length": 700, "rank": 3, "share": "key-value"},
-        {"heads": 2, "length": 700, "rank": 2, "share": "none", "bias": False},
+        {"heads": 4, "kv_heads": 2, "length": 700, "rank": 2, "share": "none", "bias": False},
+        {"heads": 2, "length": 700, "rank": 4, "share": "layerwise"},
     )
 
     def __init__(
@@ -45,36 +49,63 @@ class Linformer(Projected):
         heads: int,
         length: int,
         rank: int,
-        share: Literal["headwise", "key-value", "none"] = "headwise",
+        share: Literal["none", "headwise", "key-value", "layerwise"] = "headwise",
+        table: str = "length-projection",
+        kv_heads: int | None = None,
         head_width: int | None = None,
         bias: bool = True,
         out_bias: bool | None = None,
         dropout: float = 0.0,
     ) -> None:
         super().__init__(
-            width, heads=heads, head_width=head_width, bias=bias, out_bias=out_bias, dropout=dropout
+            width, heads=heads, kv_heads=kv_heads, head_width=head_width, bias=bias, out_bias=out_bias,
+            dropout=dropout,
         )  # fmt: skip
         if length < 1 or rank < 1:
             raise SpecError(f"length={length} and rank={rank} must be at least 1")
-        shape = (heads, rank, length) if share == "none" else (rank, length)
-        self.e = nn.Parameter(torch.empty(shape))
-        self.f = None if share == "key-value" else nn.Parameter(torch.empty(shape))
+        shape = (self.kv_heads, rank, length) if share == "none" else (rank, length)
+        self.rank = rank
+        self.e = None if share == "layerwise" else nn.Parameter(torch.empty(shape))
+        self.f = nn.Parameter(torch.empty(shape)) if share in ("none", "headwise") else None
         self.traits = Traits(packed=False, length=length)
+        if share == "layerwise":
+            self.reads = (table,)
 
     def reset(self, generator: torch.Generator) -> None:
         for table in (self.e, self.f):
             if table is not None:
                 table.copy_(torch.randn(table.shape, generator=generator) * table.shape[-2] ** -0.5)
 
+    def furnish(self, ctx: Context, x: Tensor, generator: torch.Generator) -> Context:
+        made = {name: torch.randn(self.rank, self.length, generator=generator).to(x) for name in self.reads}
+        return ctx.replace(condition={**ctx.condition, **made})
+
+    @property
+    def length(self) -> int:
+        assert self.traits.length != "any"
+        return self.traits.length
+
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         self.check_rules(ctx)
-        self.check_length(x, ctx, self.e.shape[-1])
+        self.check_length(x, ctx, self.length)
         q, k, v = self.enter(x, ctx)
-        e, f = self.e, self.e if self.f is None else self.f
-        return self.leave(attention(q, projected(e, ctx.clear(k)), projected(f, ctx.clear(v))), ctx)
+        e = self._shared(ctx) if self.e is None else self.e
+        k, v = projected(e, ctx.clear(k)), projected(e if self.f is None else self.f, ctx.clear(v))
+        return self.leave(attention(q, k, v), ctx)
+
+    def _shared(self, ctx: Context) -> Tensor:
+        """The conditioner's E (rank, length), which serves all layers."""
+        table, wanted = ctx.condition.get(self.reads[0]), (self.rank, self.length)
+        if table is None or tuple(table.shape) != wanted:
+            found = "no conditioner of this model fills" if table is None else f"is {tuple(table.shape)} here"
+            raise SpecError(
+                f"{ctx.path}: linformer reads condition {self.reads[0]!r} of {wanted}, which {found}; give the model a "
+                f"conditioner of that name: {{'part': 'length-projection', 'rank': {wanted[0]}, 'length': {wanted[1]}}}"
+            )
+        return table
 
     def mixing_macs(self, length: int, past: int) -> int:
-        return 4 * length * self.e.shape[-2] * self.heads * self.head_width
+        return 2 * length * self.rank * (self.heads + self.kv_heads) * self.head_width
 
 
 def projected(table: Tensor, x: Tensor) -> Tensor:

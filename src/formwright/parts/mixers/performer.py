@@ -5,7 +5,7 @@
 The m rows of W are orthogonal within blocks of head_width. Features are positive, so the sums of linear attention stay
 safe. ``kernel="relu"`` takes relu(W x) + eps instead, which is no softmax but often trains as well. Choromanski et al.,
 2021 (2009.14794). Cost: 4 W^2 multiply-accumulates a token for the slots, 2 m W for the features and 2 m W for the
-sums. State: one matrix (m, head_width + 1) a head.
+sums. State: one matrix (m, head_width + 1) for each head of keys.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Performer(FeatureAttention):
     """Slots as in ``attention``; ``omega`` (features, head_width) holds the random rows and does not train.
 
     Args:
-        heads, head_width, bias, out_bias, dropout: as in ``attention``.
+        heads, kv_heads, head_width, bias, out_bias, dropout: as in ``attention``.
         causal: sum over earlier tokens and the own one only; streams.
         kernel: "softmax" or "relu".
         features: m; default head_width ln(head_width). 0 (only with "relu"): W is the identity.
@@ -45,9 +45,9 @@ class Performer(FeatureAttention):
 
     examples = (
         {"heads": 2},
-        {"heads": 2, "causal": True, "features": 24, "redraw": 3},
+        {"heads": 2, "causal": True, "features": 24, "redraw": 3, "bias": False},
         {"heads": 4, "causal": True, "kernel": "relu", "features": 0},
-        {"heads": 2, "head_width": 5, "kernel": "relu", "features": 7, "orthogonal": False, "bias": False},
+        {"heads": 2, "kv_heads": 1, "head_width": 5, "kernel": "relu", "features": 7, "orthogonal": False},
     )
 
     def __init__(
@@ -55,6 +55,7 @@ class Performer(FeatureAttention):
         width: int,
         *,
         heads: int,
+        kv_heads: int | None = None,
         head_width: int | None = None,
         causal: bool = False,
         kernel: Literal["softmax", "relu"] = "softmax",
@@ -67,8 +68,8 @@ class Performer(FeatureAttention):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(
-            width, heads=heads, head_width=head_width, causal=causal, eps=LEAST, bias=bias, out_bias=out_bias,
-            dropout=dropout,
+            width, heads=heads, kv_heads=kv_heads, head_width=head_width, causal=causal, eps=LEAST, bias=bias,
+            out_bias=out_bias, dropout=dropout,
         )  # fmt: skip
         head = self.head_width
         count = max(1, int(head * math.log(head))) if features is None else features
@@ -132,7 +133,7 @@ class Performer(FeatureAttention):
         return held.scatter_reduce(1, index, most, "amax").gather(1, index)[..., None]
 
     def mixing_macs(self, length: int, past: int) -> int:
-        mapped = 0 if self.omega is None else 2 * length * self.heads * self.omega.numel()
+        mapped = 0 if self.omega is None else length * (self.heads + self.kv_heads) * self.omega.numel()
         return super().mixing_macs(length, past) + mapped
 
 

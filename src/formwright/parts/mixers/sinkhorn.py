@@ -85,7 +85,7 @@ class Sinkhorn(Projected):
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         self.check_rules(ctx)
         if self.blocks is not None:
-            self.check_length(x, ctx, self.blocks * self.block)
+            self.check_length(x, ctx, self.blocks * self.block, option="blocks", each=self.block)
         q, k, v = self.enter(x, ctx)
         cut = [self._cut(t) for t in (q, ctx.clear(k), ctx.clear(v))]
         real = self._cut(ctx.valid(x))  # (B, N, block)
@@ -106,7 +106,10 @@ class Sinkhorn(Projected):
     def order(self, sums: Tensor, real: Tensor, ctx: Context) -> Tensor:
         """Sums of tokens (B, N, W), which blocks hold any (B, N) -> S (B, H, N, N), zero where either holds none."""
         if self.blocks is None:
-            q, k = (t.unflatten(-1, (-1, self.head_width)) for t in project([self.sort_q, self.sort_k], sums, ctx))
+            # Products of sums pass what half precision can hold.
+            exact = torch.promote_types(sums.dtype, torch.float32)
+            made = project([self.sort_q, self.sort_k], sums, ctx)
+            q, k = (t.to(exact).unflatten(-1, (-1, self.head_width)) for t in made)
             logits = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * self.head_width**-0.5
         else:
             table = self.sort(sums, ctx).unflatten(-1, (-1, self.blocks)).relu().transpose(1, 2)
@@ -114,7 +117,7 @@ class Sinkhorn(Projected):
         if self.training and self.gumbel > 0:
             drawn = ctx.noise(tuple(logits.shape), logits, "uniform", "gumbel").clamp(1e-6, 1 - 1e-6)
             logits = logits - self.gumbel * (-drawn.log()).log()
-        return sinkhorn(logits / self.temperature, real, self.iterations)
+        return sinkhorn(logits / self.temperature, real, self.iterations).to(sums.dtype)
 
     def _sorted(self, order: Tensor, t: Tensor) -> Tensor:
         """Blocks of keys or values (B, N, block, H, D), each query block's own mixture of them."""
@@ -137,7 +140,7 @@ class Sinkhorn(Projected):
 def sinkhorn(logits: Tensor, real: Tensor, iterations: int) -> Tensor:
     """logits (B, H, N, N), real (B, N) -> rows and then columns divided by their sums, ``iterations`` times.
 
-    Entries of blocks that are not real are zero and count in no sum. Done on logarithms, in float32 at least.
+    Entries of blocks that are not real are zero and count in no sum. Done, and given, in float32 at least.
     """
     exact = torch.promote_types(logits.dtype, torch.float32)
     pair = (real[:, :, None] & real[:, None])[:, None]
@@ -145,4 +148,4 @@ def sinkhorn(logits: Tensor, real: Tensor, iterations: int) -> Tensor:
     for _ in range(iterations):
         for axis in (3, 2):
             held = (held - held.logsumexp(axis, keepdim=True)).masked_fill(~pair, NOTHING)
-    return held.exp().to(logits.dtype)
+    return held.exp()

@@ -38,7 +38,7 @@ class Synthesizer(Projected):
     kind. Tables are held for each head.
 
     Args:
-        heads, head_width, bias, out_bias, dropout: as in ``attention``.
+        heads, kv_heads, head_width, bias, out_bias, dropout: as in ``attention``.
         kinds: what is added up, of "dense", "random", "factorised-dense", "factorised-random", "dot".
         length: the longest text that it takes; a longer one is an error.
         causal: mix earlier tokens and the own one only; streams.
@@ -55,7 +55,7 @@ class Synthesizer(Projected):
     examples = (
         {"heads": 2, "kinds": ["dense"], "length": 700},
         {"heads": 1, "kinds": ["random"], "length": 700, "causal": True},
-        {"heads": 2, "kinds": ["factorised-random", "dot"], "length": 700, "causal": True, "rank": 3},
+        {"heads": 2, "kv_heads": 1, "kinds": ["factorised-random", "dot"], "length": 700, "causal": True, "rank": 3},
         {"heads": 2, "kinds": ["factorised-dense"], "length": 700, "bias": False},
         {"heads": 2, "kinds": ["dense", "factorised-dense"], "length": 700, "causal": True, "head_width": 5},
     )
@@ -69,14 +69,15 @@ class Synthesizer(Projected):
         length: int,
         causal: bool = False,
         rank: int = 8,
+        kv_heads: int | None = None,
         head_width: int | None = None,
         bias: bool = True,
         out_bias: bool | None = None,
         dropout: float = 0.0,
     ) -> None:
         super().__init__(
-            width, heads=heads, head_width=head_width, bias=bias, out_bias=out_bias, dropout=dropout,
-            inputs=("q", "k", "v") if "dot" in kinds else ("v",),
+            width, heads=heads, kv_heads=kv_heads, head_width=head_width, bias=bias, out_bias=out_bias,
+            dropout=dropout, inputs=("q", "k", "v") if "dot" in kinds else ("v",),
         )  # fmt: skip
         if not kinds or len(set(kinds)) != len(kinds):
             raise SpecError(f"kinds={kinds} must name at least one kind, and none twice")
@@ -110,7 +111,7 @@ class Synthesizer(Projected):
 
     def slots(self) -> dict[str, Slot]:
         kept = ("k", "v") if "dot" in self.kinds else ("v",)
-        return {name: Slot("grow", (self.heads, self.head_width)) for name in kept} if self.traits.streams else {}
+        return {name: Slot("grow", (self.kv_heads, self.head_width)) for name in kept} if self.traits.streams else {}
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         self.check_rules(ctx)
@@ -128,7 +129,7 @@ class Synthesizer(Projected):
         blind = ~seen.any(-1, keepdim=True)
         probs = logits.masked_fill(~(seen | blind)[:, None], -torch.inf).softmax(-1).masked_fill(blind[:, None], 0.0)
         ctx.note("probs", probs)
-        return self.leave((probs @ entered["v"].transpose(1, 2)).transpose(1, 2), ctx)
+        return self.leave((probs @ self.for_queries(entered["v"]).transpose(1, 2)).transpose(1, 2), ctx)
 
     def _logits(self, x: Tensor, entered: Mapping[str, Tensor], queries: Tensor, keys: Tensor, ctx: Context) -> Tensor:
         """(B, H, L, S) for tokens at ``queries`` (B, L) and ``keys`` (B, S) of the tables."""
@@ -156,7 +157,7 @@ class Synthesizer(Projected):
             side = self.inner.shape[2]
             inner, outer = hidden @ self.inner, hidden @ self.outer
             return chosen(inner, keys % side) * chosen(outer, keys // side)
-        q, k = entered["q"].transpose(1, 2), entered["k"].transpose(1, 2)
+        q, k = entered["q"].transpose(1, 2), self.for_queries(entered["k"]).transpose(1, 2)
         return q @ k.transpose(-1, -2) * self.head_width**-0.5
 
     def mixing_macs(self, length: int, past: int) -> int:
@@ -171,7 +172,8 @@ class Synthesizer(Projected):
 
     def cost(self, shape: Shape, knobs: Mapping[str, Any] = EMPTY) -> Cost:
         kept = len(self.slots()) * sum(length + shape.past for length in shape.lengths)
-        return super().cost(shape, knobs) + Cost(state_bytes=kept * self.heads * self.head_width * element_bytes(self))
+        each = self.kv_heads * self.head_width * element_bytes(self)
+        return super().cost(shape, knobs) + Cost(state_bytes=kept * each)
 
 
 def chosen(values: Tensor, index: Tensor) -> Tensor:

@@ -1,27 +1,34 @@
 """Swap the mixer: put another way of mixing tokens in place of attention, and keep its trained projections.
 
-Query, key, value and output slots move over as they are, whatever kind of linear they hold; what the new mixer has
-besides starts from its own ``reset``, keyed by (seed, item). Options that both mixers take, such as heads, causal and
-rotary, carry over unless given; the plan names those that are lost. Outputs change, so healing follows; what is gained
-is the new mixer's cost in length.
+Query, key, value and output slots move over as they are, whatever kind of linear they hold; where the new mixer takes
+no groups of heads, grouped keys and values are repeated for each of their heads. What it has besides starts from its
+own ``reset``, keyed by (seed, item). Options that both mixers take, such as heads, causal and rotary, carry over unless
+given, and a table of fixed length is as long as the model's positions; the plan names what starts anew and what is
+lost. Outputs change, so healing follows: ``fw.heal(model, original, texts, steps=...)``, or ``--heal STEPS`` of
+``formwright apply``. What is gained is the new mixer's cost in length.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import inspect
+import warnings
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from formwright import registry
 from formwright.kit.errors import FormwrightError, Refusal, SpecError, all_of, unknown
 from formwright.models.items import part_name
-from formwright.parts.base import Part, initialise, linears
+from formwright.parts.base import LinearLike, Part, initialise, linears
 from formwright.parts.make import make_part, options_of
 from formwright.registry import register
 from formwright.surgery.base import Displaced, Plan, Surgery, check_options, on
 
 ROLES = ("q", "k", "v", "o")
+#: Settings that shape what a mixer computes; one that the new mixer has no option for is lost.
+SHAPING = ("window", "rotary", "distance", "qk_norm", "scale")
 
 
 @register("surgery", "swap-mixer", summary="another mixer in attention's place, with its projections")
@@ -29,39 +36,38 @@ class SwapMixer(Surgery):
     """Options: ``mixer`` (its registered name), ``options`` (of that mixer, over those that carry over), ``where``
     (patterns of items, default every one that holds attention), ``seed`` (of what is new).
 
-    ``decisions["swap"]`` maps each item to the options of its new mixer and may be edited.
+    ``decisions["swap"]`` maps each item to the options of its new mixer and may be edited. ``fresh`` names what of the
+    new mixers starts anew, ``unused`` the trained slots that have no place in them, ``repeated`` those that are
+    repeated for heads of their own, and ``lost`` what else they no longer do.
     """
 
     family = "compress"
     examples = (
         {"mixer": "attention", "options": {"window": 3}},
+        {"mixer": "linear-attention"},
         {"mixer": "attention", "options": {"window": 4}, "where": ["b0.*"]},
     )
 
     def plan(self, model: Any, evidence: Any = None, **options: Any) -> Plan:
         check_options("swap-mixer", options, ("mixer", "options", "where", "seed"))
         known = registry.names("mixer")
-        mixer, given, seed = options.get("mixer"), options.get("options", {}), options.get("seed", 0)
-        problems = [] if mixer in known else [f"swap-mixer: {unknown('mixer', str(mixer), known)}"]
+        mixer, given, seed = str(options.get("mixer")), options.get("options", {}), options.get("seed", 0)
+        problems = [] if mixer in known else [f"swap-mixer: {unknown('mixer', mixer, known)}"]
         if not isinstance(given, dict):
             problems.append(f"swap-mixer: options={given!r} must be an object")
         if isinstance(seed, bool) or not isinstance(seed, int):
             problems.append(f"swap-mixer: seed={seed!r} must be a whole number")
         all_of(SpecError, problems)
-        swap, reasons = {}, []
-        for id in _chosen(model, options.get("where")):
-            old = model.item(id).part
-            swap[id] = {**_carried(old, str(mixer)), **given}
-            reasons += _reasons(id, old, str(mixer), swap[id])
-        all_of(Refusal, reasons)
-        if not swap:
+        held = {id: model.item(id).part for id in _chosen(model, options.get("where"))}
+        if not held:
             raise Refusal("swap-mixer: this model has no attention; say where")
-        parts = dict(model.parts())
-        moving = [_moving(parts[id], _laid(str(mixer), swap[id], parts[id])) for id in swap]
-        fresh = [role for role in ROLES if not all(role in moved for moved in moving)]
-        lost = sorted({name for id in swap for name in _lost(parts[id], str(mixer))})
-        decisions = {"mixer": mixer, "swap": swap, "seed": seed, "fresh": fresh, "lost": lost}
-        return self.made(model, dict(options), decisions)
+        swap = {id: {**_carried(old, mixer, given), **_length(model, mixer), **given} for id, old in held.items()}
+        all_of(Refusal, [line for id, old in held.items() for line in _reasons(model, id, old, mixer, swap[id])])
+        decisions = {"mixer": mixer, "swap": swap, "seed": seed, **_changes(held, mixer, swap)}
+        made = self.made(model, dict(options), decisions)
+        if decisions["unused"]:
+            warnings.warn(f"swap-mixer: {self.words(made)} Heal the model before it is used.", stacklevel=3)
+        return made
 
     def check(self, model: Any, plan: Plan) -> None:
         held, problems = dict(model.parts()), []
@@ -69,7 +75,7 @@ class SwapMixer(Surgery):
             if id not in held:
                 problems.append(f"swap-mixer: {unknown('item', id, held)}")
             else:
-                problems += _reasons(id, held[id], plan.decisions["mixer"], options)
+                problems += _reasons(model, id, held[id], plan.decisions["mixer"], options)
         all_of(SpecError, problems)
 
     def reshape(self, model: Any, plan: Plan) -> Displaced:
@@ -81,8 +87,9 @@ class SwapMixer(Surgery):
             new = on(
                 _laid(plan.decisions["mixer"], options, old).to(next(floats, torch.get_default_dtype())), old
             ).train(old.training)
-            for role in _moving(old, new):
-                setattr(new, role, getattr(old, role))
+            for role, rows in _moving(old, new).items():
+                slot = getattr(old, role)
+                setattr(new, role, slot if rows is None else slot.take(out=rows))
             displaced[id], item.part = old, new
         return displaced
 
@@ -101,13 +108,20 @@ class SwapMixer(Surgery):
             model.item(id).part = old
 
     def words(self, plan: Plan) -> str:
-        count, fresh = len(plan.decisions["swap"]), plan.decisions.get("fresh", [])
-        kept = [role for role in ROLES if role not in fresh]
-        stayed = f"slots {', '.join(kept)} kept their weights" if kept else "nothing of their weights was kept"
-        anew = f" and {', '.join(fresh)} start anew" if kept and fresh else ""
-        lost = plan.decisions.get("lost", [])
-        without = f"; it has no {', '.join(lost)}, which they had" if lost else ""
-        return f"Put {plan.decisions['mixer']} in place of {count} mixers; {stayed}{anew}{without}."
+        count, mixer = len(plan.decisions["swap"]), plan.decisions["mixer"]
+        fresh, unused, repeated, lost = (
+            plan.decisions.get(name, []) for name in ("fresh", "unused", "repeated", "lost")
+        )
+        kept = [role for role in ROLES if role not in unused and role not in fresh]
+        changes = {
+            "repeated for each of their heads": repeated,
+            "without a place in it": unused if kept else [],
+            "starting anew": fresh,
+            "lost": lost,
+        }
+        said = [f"slots {', '.join(kept)} kept their weights" if kept else "nothing of their weights was kept"]
+        said += [f"{what}: {', '.join(names)}" for what, names in changes.items() if names]
+        return f"Put {mixer} in place of {count} mixers: {'; '.join(said)}."
 
     def short(self, plan: Plan) -> str:
         return str(plan.decisions["mixer"])
@@ -147,17 +161,39 @@ def _settings(old: Any) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def _carried(old: Any, mixer: str) -> dict[str, Any]:
-    """The old mixer's settings that the new one takes as options."""
+def _carried(old: Any, mixer: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The old mixer's settings that the new one takes as options, in its own measure."""
     taken = options_of(registry.resolve("mixer", mixer))
-    return {name: value for name, value in _settings(old).items() if name in taken}
+    found = {name: value for name, value in _settings(old).items() if name in taken}
+    if mixer == "longformer" and "window" in found and not given.get("causal", old.traits.causal):
+        found["window"] = 2 * found["window"] - 1  # attention counts one side, longformer both
+    return found
 
 
-def _lost(old: Any, mixer: str) -> list[str]:
-    """Settings that shape what the old mixer computes and that the new one has no option for."""
+def _length(model: Any, mixer: str) -> dict[str, int]:
+    """The length of the new mixer's table where it must have one: as far as the model reads."""
+    option = options_of(registry.resolve("mixer", mixer)).get("length")
+    needed = option is not None and option.default is inspect.Parameter.empty
+    return {"length": model.limit} if needed and model.limit is not None else {}
+
+
+def _changes(held: dict[str, Any], mixer: str, swap: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """What a plan says of weights and settings, over all items."""
     taken = options_of(registry.resolve("mixer", mixer))
-    shaping = ("window", "rotary", "distance", "qk_norm", "scale")
-    return [name for name in shaping if name in _settings(old) and name not in taken]
+    fresh, unused, repeated, lost = (dict[str, None]() for _ in range(4))
+    for id, old in held.items():
+        new = _laid(mixer, swap[id], old)
+        moving = _moving(old, new)
+        fresh |= dict.fromkeys(
+            name for name in (path.split(".")[0] for path, _ in new.named_parameters()) if name not in moving
+        )
+        unused |= dict.fromkeys(role for role in ROLES if role not in moving)
+        repeated |= dict.fromkeys(role for role, rows in moving.items() if rows is not None)
+        settings = _settings(old)
+        lost |= dict.fromkeys(name for name in SHAPING if name in settings and name not in taken)
+        if new.traits.causal and not old.traits.causal:
+            lost |= {"sight of later tokens": None}
+    return {"fresh": list(fresh), "unused": list(unused), "repeated": list(repeated), "lost": list(lost)}
 
 
 def _laid(mixer: str, options: dict[str, Any], old: Any) -> Part:
@@ -165,37 +201,65 @@ def _laid(mixer: str, options: dict[str, Any], old: Any) -> Part:
         return make_part({"part": f"mixer:{mixer}", **options}, old.o.out_features)
 
 
-def _moving(old: Any, new: Any) -> list[str]:
-    """Slots of the same name and size."""
-    theirs = dict(linears(new))
-    return [
-        role
-        for role in ROLES
-        if role in theirs
-        and (theirs[role].out_features, theirs[role].in_features)
-        == (getattr(old, role).out_features, getattr(old, role).in_features)
-    ]
+def _moving(old: Any, new: Any) -> dict[str, Tensor | None]:
+    """Slots that the new mixer takes over, and which rows of them: None is all, once."""
+    theirs, found = dict(linears(new)), dict[str, Tensor | None]()
+    for role in ROLES:
+        if role not in theirs:
+            continue
+        ours = getattr(old, role)
+        if _size(ours) == _size(theirs[role]):
+            found[role] = None
+        elif role in ("k", "v") and _groups(ours, theirs[role], old):
+            heads = torch.arange(ours.out_features).unflatten(0, (old.kv_heads, -1))
+            found[role] = heads.repeat_interleave(theirs[role].out_features // ours.out_features, 0).flatten()
+    return found
 
 
-def _reasons(id: str, old: Any, mixer: str, options: dict[str, Any]) -> list[str]:
+def _groups(ours: LinearLike, theirs: LinearLike, old: Any) -> bool:
+    """Whether ``theirs`` has a head for each query where ``ours`` has one for several."""
+    grouped = getattr(old, "kv_heads", old.heads) < old.heads
+    return grouped and ours.in_features == theirs.in_features and theirs.out_features == old.q.out_features
+
+
+def _reasons(model: Any, id: str, old: Any, mixer: str, options: dict[str, Any]) -> list[str]:
     """Everything that stands against the exchange of one item's mixer."""
-    if getattr(old, "memory", None) is not None:
+    if any(slot.kind == "memory" for slot in old.slots().values()):
         return [f"swap-mixer: {id} attends to another tower, which {mixer} would not"]
+    known = options_of(registry.resolve("mixer", mixer))
+    missing = [name for name, o in known.items() if o.default is inspect.Parameter.empty and name not in options]
+    if "length" in missing:
+        return [
+            f"swap-mixer: {id}: {mixer} has a table of fixed length, and this model's positions have no end: say "
+            "options={'length': TOKENS}, the longest text it shall read"
+        ]
+    if missing:
+        return [f"swap-mixer: {id}: {mixer} needs {', '.join(missing)}: say options={{{missing[0]!r}: ...}}"]
     try:
         new = _laid(mixer, options, old)
     except FormwrightError as error:
         return [f"swap-mixer: {id}: {line}" for line in str(error).split("\n")]
-    theirs = dict(linears(new))
+    theirs, moving = dict(linears(new)), _moving(old, new)
     reasons = [
-        f"swap-mixer: {id}: slot {role} is {_size(getattr(old, role))}, and in {mixer} {_size(theirs[role])}; "
-        "grouped heads need a mixer that takes them"
+        f"swap-mixer: {id}: slot {role} is {_said(getattr(old, role))}, and in {mixer} {_said(theirs[role])}; "
+        "leave out the options that change its size"
         for role in ROLES
-        if role in theirs and role not in _moving(old, new)
+        if role in theirs and role not in moving
     ]
     if old.traits.causal and not new.traits.causal:
-        reasons.append(f"swap-mixer: {id} is causal and {mixer} would not be: give options={{'causal': True}}")
+        remedy = "give options={'causal': True}" if options.get("causal") is False else "choose a causal mixer"
+        reasons.append(f"swap-mixer: {id} is causal and {mixer} would not be: {remedy}")
+    reasons += [
+        f"swap-mixer: {id}: {mixer} with these options reads {name!r}, which no conditioner of this model fills"
+        for name in new.reads
+        if name not in model.conditioners
+    ]
     return reasons
 
 
-def _size(slot: Any) -> str:
+def _size(slot: LinearLike) -> tuple[int, int]:
+    return slot.out_features, slot.in_features
+
+
+def _said(slot: LinearLike) -> str:
     return f"{slot.out_features} x {slot.in_features}"
