@@ -133,7 +133,8 @@ class Reformer(Projected):
         scale = q.shape[-1] ** -0.5
         if self.rounds == 1:
             # Logits are many times the tokens and would be read from memory again and again; the kernel keeps none.
-            out = fused_attention(*(t.flatten(0, 2) for t in (q, k, v, bias)), causal=False, scale=scale)
+            flat = [t.flatten(0, 2) for t in (q, k, v, bias)]
+            out = fused_attention(flat[0], flat[1], flat[2], flat[3], False, scale)
             return out.unflatten(0, q.shape[:3]), None
         logits = q @ k.transpose(-1, -2) * scale + bias
         weighed = logits.logsumexp(-1)
