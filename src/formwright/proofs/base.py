@@ -18,8 +18,8 @@ from formwright import registry
 class Claim:
     """One line: what is claimed, the published figure, the bar set here, the figure measured, and whether it holds.
 
-    ``needs``: what the figure must have to mean anything, "time" on a quiet machine or "training" at full size; a quick
-    run may miss its bar. Claims that need neither are exact, and hold in every run.
+    ``needs``: what the figure must have to mean anything: "time" on a quiet machine, "training" at full size, or the
+    "install" of what is missing here. A quick run may miss such a bar; claims that need nothing hold in every run.
     """
 
     claim: str
@@ -27,7 +27,7 @@ class Claim:
     bar: str
     measured: str
     holds: bool
-    needs: Literal["time", "training"] | None = None
+    needs: Literal["time", "training", "install"] | None = None
 
 
 @dataclass(frozen=True)
