@@ -35,7 +35,7 @@ COUNTS = {
 #: Of each order of the digits and each model: width, epochs, learning rate.
 TRAINING = {
     "row": {"lmuformer": (48, 15, 5e-3), "spiking-lmuformer": (48, 25, 1e-2)},
-    "pixel": {"lmuformer": (64, 12, 5e-3), "spiking-lmuformer": (64, 20, 1e-2)},
+    "pixel": {"lmuformer": (64, 10, 5e-3), "spiking-lmuformer": (48, 15, 1e-2)},
 }
 #: Width of the Transformer that it is compared with.
 TRANSFORMER = 128
