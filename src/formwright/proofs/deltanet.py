@@ -244,4 +244,5 @@ def faster(quick: bool, seed: int) -> Claim:
         ">= 5x, one thread",
         ", ".join(f"{length}: {ratio:.0f}x" for length, ratio in found.items()),
         min(found.values()) >= 5,
+        needs="time",
     )

