@@ -78,22 +78,8 @@ class Passes(torch.autograd.Function):
         kernel, general, named, rest = ctx.given
         wanted = ctx.needs_input_grad[4:]
         if torch.is_grad_enabled():
-            grads = differentiated(general, tensors, wanted, (grad_y, grad_final))
+            grads = native.differentiated(general, tensors, wanted, (grad_y, grad_final))
         else:
             grad_y = torch.zeros_like(tensors[0]) if grad_y is None else grad_y
             grads = kernel.backward(grad_y, grad_final, kept, named(*tensors), *rest)
         return *[None] * 4, *(grad if want else None for grad, want in zip(grads, wanted))
-
-
-def differentiated(
-    general: Callable[..., Outputs], tensors: Sequence[Tensor], wanted: Sequence[bool], grads: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    """Gradients of ``general(*tensors)`` with a graph of their own, None where none is wanted."""
-    outputs = [(out, grad) for out, grad in zip(general(*tensors), grads) if grad is not None]
-    needed = [t for t, want in zip(tensors, wanted) if want]
-    found = iter(
-        torch.autograd.grad(
-            [out for out, _ in outputs], needed, [grad for _, grad in outputs], create_graph=True, allow_unused=True
-        )
-    )
-    return [next(found) if want else None for want in wanted]

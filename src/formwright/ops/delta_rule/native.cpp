@@ -407,16 +407,10 @@ void run(const Call& call, int threads, Pass pass) {
 
 // q, k, v, beta and state -> out and last, and where they are wanted errors and states.
 FW_API void fw_delta_rule(const Call* call, int threads) {
-#ifdef FW_X86
-  if (fw::level() == fw::VNNI) return run(*call, threads, forward<Wide>);
-#endif
-  run(*call, threads, forward<Plain>);
+  run(*call, threads, FW_PICK(forward<Plain>, forward<Wide>));
 }
 
 // The same inputs with errors and states, d_out and d_last -> the gradients of the inputs.
 FW_API void fw_delta_rule_backward(const Call* call, int threads) {
-#ifdef FW_X86
-  if (fw::level() == fw::VNNI) return run(*call, threads, backward<Wide>);
-#endif
-  run(*call, threads, backward<Plain>);
+  run(*call, threads, FW_PICK(backward<Plain>, backward<Wide>));
 }

@@ -137,3 +137,15 @@ def reachable(*tensors: Tensor | None) -> bool:
     if library() is None or watched():
         return False
     return all(t is None or (type(t) in PLAIN and t.dtype == torch.float32 and t.is_cpu) for t in tensors)
+
+
+def differentiated(general: Any, tensors: list, wanted: Any, grads: tuple) -> list[Tensor | None]:
+    """Gradients of ``general(*tensors)`` with a graph of their own, None where none is wanted."""
+    outputs = [(out, grad) for out, grad in zip(general(*tensors), grads) if grad is not None]
+    needed = [t for t, want in zip(tensors, wanted) if want]
+    found = iter(
+        torch.autograd.grad(
+            [out for out, _ in outputs], needed, [grad for _, grad in outputs], create_graph=True, allow_unused=True
+        )
+    )
+    return [next(found) if want else None for want in wanted]
