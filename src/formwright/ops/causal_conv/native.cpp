@@ -1,7 +1,7 @@
 // Short causal convolution in float32, forward and backward. Nothing is kept between the two passes: the backward pass
 // computes the sums before the activation again. Work is handed out by tokens, whole rows or parts of them; gradients
 // of taps and bias are left per SPAN tokens, so that they do not depend on the number of threads.
-#include "../native/common.hpp"
+#include "../native/calls.hpp"
 
 #include <algorithm>
 
@@ -9,15 +9,8 @@ namespace {
 
 constexpr int64_t SPAN = 128;
 
-// Tokens of a tensor whose last axis is contiguous.
-struct Tokens {
-  const float* data;
-  int64_t stride;
-  const float* at(int64_t token) const { return data + token * stride; }
-};
-
 struct Call {
-  Tokens x, grad_y;
+  fw::Tokens x, grad_y;
   const float *weight, *bias, *initial, *grad_final;  // (taps, C), (C) or null, (rows, taps - 1, C), alike or null
   float *y, *final;                                   // (tokens, C), (rows, taps - 1, C)
   float *grad_x, *grad_taps, *grad_initial;           // (tokens, C), zeros (spans, taps + 1, C): bias last, like initial

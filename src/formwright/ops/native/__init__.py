@@ -95,6 +95,21 @@ def even(t: Tensor) -> Tensor:
     return t if even and (t.stride(2) == 1 or t.shape[2] <= 1) else t.contiguous()
 
 
+def give(call: ctypes.Structure, **tensors: Tensor | None) -> list[Tensor]:
+    """Point fields of ``call`` to tensors: ``Tokens`` to (B, L, F) with any stride between tokens, all others to
+    contiguous memory, None to nothing. What is returned must be held as long as the library may read it."""
+    kinds: dict[str, Any] = {field[0]: field[1] for field in call._fields_}
+    held = []
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        strided = kinds[name] is Tokens
+        tensor = even(tensor) if strided else tensor.contiguous()
+        setattr(call, name, Tokens(tensor.data_ptr(), tensor.stride(1)) if strided else tensor.data_ptr())
+        held.append(tensor)
+    return held
+
+
 def differentiated(general: Any, tensors: list, wanted: Any, grads: tuple) -> list[Tensor | None]:
     """Gradients of ``general(*tensors)`` with a graph of their own, None where none is wanted."""
     outputs = [(out, grad) for out, grad in zip(general(*tensors), grads) if grad is not None]

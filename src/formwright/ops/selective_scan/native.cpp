@@ -1,19 +1,12 @@
 // Selective scan in float32, forward and backward. Only chunk-first states are kept between the two passes: the
 // backward pass runs each chunk forward again from there. Work is handed out by row and slice of channels; sums over
 // channels (the gradients of B and C) are left per slice, so that they do not depend on the number of threads.
-#include "../native/common.hpp"
+#include "../native/calls.hpp"
 
 namespace {
 
-// Tokens of a tensor whose last axis is contiguous.
-struct Tokens {
-  const float* data;
-  int64_t stride;
-  const float* at(int64_t token) const { return data + token * stride; }
-};
-
 struct Call {
-  Tokens x, delta, B, C, z, grad_y;                         // z may be null
+  fw::Tokens x, delta, B, C, z, grad_y;                     // z may be null
   const float *A, *D, *initial, *grad_final;                // (E, N), (E) or null, (rows, E, N) or null, alike
   float *y, *final, *kept;                                  // kept: (chunks, N, padded channels) or null
   float *grad_x, *grad_delta, *grad_z;                      // (tokens, E)

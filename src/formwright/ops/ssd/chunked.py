@@ -13,11 +13,13 @@ q N G / H once a group), about twice that backward.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from formwright.ops.ssd.reference import logarithms
 
 
 class Pieces(NamedTuple):
@@ -74,12 +76,6 @@ def between(logs: Tensor) -> Tensor:
     if torch.is_grad_enabled() and logs.requires_grad:
         return spread.masked_fill(~after, 0.0).cumsum(-2).masked_fill(~lower, float("-inf")).exp()
     return spread.exp().masked_fill_(~after, 1.0).cumprod(-2).mul_(lower)
-
-
-def logarithms(dt: Tensor, A: Tensor, resets: Tensor | None) -> Tensor:
-    """Logarithms of the decays (b, L, H); nothing passes a token that begins a document."""
-    logs = dt * A
-    return logs if resets is None else logs.masked_fill(resets[..., None], float("-inf"))
 
 
 def pieces(x: Tensor, dt: Tensor, logs: Tensor, B: Tensor, C: Tensor, q: int) -> Pieces:
@@ -186,6 +182,22 @@ def chunked_backward(
     dB, dC = (t.transpose(2, 3).flatten(1, 2)[:, :length] for t in (dB, dC))
     dstart = dstate.reshape(*x.shape[:1], *x.shape[2:], B.shape[3])
     return dx, ddt, dA, dB, dC, dD, dstart
+
+
+class Chunked(NamedTuple):
+    """The form in chunks of ``q`` tokens by PyTorch's operations: any dtype and device."""
+
+    q: int
+
+    def takes(self, *tensors: Tensor | None) -> bool:
+        return True
+
+    def forward(self, *given: Any, keep: bool) -> tuple[Tensor, ...]:
+        return chunked_forward(*given, q=self.q)
+
+    def backward(self, dy: Tensor, dfinal: Tensor | None, *tensors: Any) -> tuple[Tensor, ...]:
+        *given, before = tensors
+        return chunked_backward(dy, dfinal, *given, before=before, q=self.q)
 
 
 def crossing(pairs: Tensor) -> Tensor:
