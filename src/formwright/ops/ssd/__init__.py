@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from formwright.kit.errors import SpecError
-from formwright.ops import native
 from formwright.ops.gpu import on_gpu
+from formwright.ops.native import differentiated
 from formwright.ops.ssd.chunked import Chunked
 from formwright.ops.ssd.native import Compiled
 from formwright.ops.ssd.reference import ssd_quadratic, ssd_reference
@@ -116,7 +116,7 @@ class _Ssd(torch.autograd.Function):
             found: Any = [None] * len(given)
         elif torch.is_grad_enabled():
             run = partial(general.forward, keep=True)
-            found = native.differentiated(run, given, wanted, grads)
+            found = differentiated(run, given, wanted, grads)
         else:
             if not form.takes(dy, dfinal):
                 form, kept = general, general.forward(*given, keep=True)[2:]

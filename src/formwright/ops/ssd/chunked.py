@@ -171,14 +171,10 @@ def chunked_backward(
     whole = (through * before * after).unflatten(3, (-1, width)).sum((-2, -1))
     dlogs = dlogs + late + F.pad(early, (0, 0, 0, 0, 1, -1)) + whole[:, :, None]
     dlogs = join(dlogs, length)
-    if resets is not None:
-        dlogs = dlogs.masked_fill(resets[..., None], 0.0)
-    toward = (x * dvalues).sum(-1)
     dx = dt[..., None] * dvalues
     if D is not None:
         dx = torch.addcmul(dx, D[:, None], dy)
-    ddt = torch.addcmul(toward, A, dlogs)
-    dA, dD = (dt * dlogs).sum((0, 1)), (dy * x).sum((0, 1, 3))
+    ddt, dA, dD = of_decays(x, dt, A, dy, (x * dvalues).sum(-1), dlogs, resets)
     dB, dC = (t.transpose(2, 3).flatten(1, 2)[:, :length] for t in (dB, dC))
     dstart = dstate.reshape(*x.shape[:1], *x.shape[2:], B.shape[3])
     return dx, ddt, dA, dB, dC, dD, dstart
@@ -198,6 +194,15 @@ class Chunked(NamedTuple):
     def backward(self, dy: Tensor, dfinal: Tensor | None, *tensors: Any) -> tuple[Tensor, ...]:
         *given, before = tensors
         return chunked_backward(dy, dfinal, *given, before=before, q=self.q)
+
+
+def of_decays(
+    x: Tensor, dt: Tensor, A: Tensor, dy: Tensor, toward: Tensor, dlogs: Tensor, resets: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of Δ, A and D; ``toward`` is that of Δ as a factor of x, ``dlogs`` that of the decays' logarithms."""
+    if resets is not None:
+        dlogs = dlogs.masked_fill(resets[..., None], 0.0)
+    return torch.addcmul(toward, A, dlogs), (dt * dlogs).sum((0, 1)), (dy * x).sum((0, 1, 3))
 
 
 def crossing(pairs: Tensor) -> Tensor:
