@@ -87,7 +87,7 @@ class Compiled:
         """Gradients of x, Δ, A, B, C, D and the start, from those of y and the final state; tensors: given and kept."""
         *given, blocks, states = tensors
         (x, dt, _, B, *_), run = given, _Run(*given)
-        (rows, _, heads, width), (groups, size) = x.shape, B.shape[2:]
+        (rows, _, heads, width), size = x.shape, B.shape[3]
         dx, ddt, dB, dC = (x.new_empty(t.shape) for t in (x, dt, B, B))
         dA, dD = x.new_empty(rows, heads), x.new_empty(rows, heads)
         dstart = x.new_empty(rows, heads, width, size)
