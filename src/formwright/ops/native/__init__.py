@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,42 @@ class Tokens(ctypes.Structure):
     """A tensor whose rows of channels are ``stride`` values apart, as a struct of the library."""
 
     _fields_ = (("data", ctypes.c_void_p), ("stride", ctypes.c_int64))
+
+
+class Call(ctypes.Structure):
+    """What the library is told in one call, and whatever its pointers point to; derive and declare ``_fields_``."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**values)
+        self._held: list[Any] = []
+
+    def give(self, **values: Tensor | Sequence[int] | None) -> None:
+        """Point fields to tensors, (B, L, F) with any stride between tokens where a field is :class:`Tokens` and
+        contiguous ones elsewhere, or to lists of whole numbers. None leaves a field null."""
+        strided = self._strided()
+        for name, value in values.items():
+            if value is None:
+                continue
+            held: Any
+            if not isinstance(value, Tensor):
+                held = (ctypes.c_int64 * len(value))(*value)
+                setattr(self, name, ctypes.addressof(held))
+            elif name in strided:
+                held = even(value)
+                setattr(self, name, Tokens(held.data_ptr(), held.stride(1)))
+            else:
+                held = value.contiguous()
+                setattr(self, name, held.data_ptr())
+            self._held.append(held)
+
+    @classmethod
+    @functools.cache
+    def _strided(cls) -> frozenset[str]:
+        return frozenset(name for name, kind in cls._fields_ if kind is Tokens)  # type: ignore[misc]
+
+    def run(self, entry: str) -> None:
+        """Call the library's function ``entry``, on PyTorch's number of threads."""
+        getattr(library(), entry)(ctypes.byref(self), torch.get_num_threads())
 
 
 @functools.lru_cache(maxsize=1)
@@ -93,21 +130,6 @@ def even(t: Tensor) -> Tensor:
     """(B, L, F) whose last axis is contiguous and whose tokens lie at one distance, across rows too."""
     even = t.shape[0] <= 1 or t.stride(0) == t.shape[1] * t.stride(1)
     return t if even and (t.stride(2) == 1 or t.shape[2] <= 1) else t.contiguous()
-
-
-def give(call: ctypes.Structure, **tensors: Tensor | None) -> list[Tensor]:
-    """Point fields of ``call`` to tensors: ``Tokens`` to (B, L, F) with any stride between tokens, all others to
-    contiguous memory, None to nothing. What is returned must be held as long as the library may read it."""
-    kinds: dict[str, Any] = {field[0]: field[1] for field in call._fields_}
-    held = []
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        strided = kinds[name] is Tokens
-        tensor = even(tensor) if strided else tensor.contiguous()
-        setattr(call, name, Tokens(tensor.data_ptr(), tensor.stride(1)) if strided else tensor.data_ptr())
-        held.append(tensor)
-    return held
 
 
 def differentiated(general: Any, tensors: list, wanted: Any, grads: tuple) -> list[Tensor | None]:
