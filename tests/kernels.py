@@ -27,6 +27,20 @@ def interpreted(script: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def compiled(kernel: Any, absent: str, **sizes: Any) -> None:
+    """Compile a kernel for a GPU, without a GPU: the interpreter takes much that the compiler refuses. ``absent`` names
+    the pointers that are None."""
+    from triton import compile as build
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    fixed = {**dict.fromkeys(absent.split()), **sizes}
+    kinds = {name: "*fp32" if name.endswith("_at") else "i32" for name in kernel.arg_names}
+    kinds |= {name: "*i64" for name in ("starts_at", "lengths_at", "owners_at") if name in kinds}
+    source = ASTSource(kernel, {**kinds, **dict.fromkeys(fixed, "constexpr")}, fixed)
+    assert build(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": 1}).asm["ptx"]
+
+
 def agree(
     form: Any,
     general: Callable[..., tuple[Tensor, Tensor]],

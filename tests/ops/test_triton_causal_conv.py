@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from kernels import interpreted, needs_triton
+from pathlib import Path
+
+import pytest
+
+from kernels import compiled, interpreted, needs_triton
 
 SCRIPT = """
 import torch
@@ -32,3 +36,13 @@ agree(form, general, packed, None, offsets, False)
 @needs_triton
 def test_kernels_equal_the_definition() -> None:
     interpreted(SCRIPT)
+
+
+@needs_triton
+def test_kernels_compile_where_nothing_optional_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from formwright.ops.causal_conv import triton as form
+
+    sizes = {"SILU": True, "TAPS": 3, "TILE": 8, "BLOCK": 8}
+    compiled(form.forward_kernel, "bias_at", **sizes)
+    compiled(form.backward_kernel, "bias_at d_final_at", **sizes)

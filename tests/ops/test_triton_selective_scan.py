@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from kernels import interpreted, needs_triton
+from pathlib import Path
+
+import pytest
+
+from kernels import compiled, interpreted, needs_triton
 
 SCRIPT = """
 import torch
@@ -58,3 +62,13 @@ assert kept is None
 @needs_triton
 def test_kernels_equal_the_definition() -> None:
     interpreted(SCRIPT)
+
+
+@needs_triton
+def test_kernels_compile_where_nothing_optional_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from formwright.ops.selective_scan import triton as form
+
+    sizes = {"SOFTPLUS": True, "CHUNK": 8, "BLOCK": 8, "STATES": 2}
+    compiled(form.forward_kernel, "D_at z_at kept_at", **sizes)
+    compiled(form.backward_kernel, "D_at z_at d_final_at d_D_at d_z_at", **sizes)

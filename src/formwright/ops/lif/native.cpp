@@ -1,8 +1,7 @@
 // Leaky integrate-and-fire neurons over time, forwards and backwards, in float32.
 //
 // Neurons lie side by side in memory and steps behind one another, so the inner loop runs over neurons, whose voltages
-// stay in the first-level cache. It is written once without intrinsics and compiled for each instruction set. Work is
-// split into rows times blocks of neurons.
+// stay in the first-level cache. Work is split into rows times blocks of neurons.
 #include "../native/common.hpp"
 
 namespace {

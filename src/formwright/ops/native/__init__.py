@@ -50,16 +50,17 @@ class Call(ctypes.Structure):
         for name, value in values.items():
             if value is None:
                 continue
+            held: Any
             if not isinstance(value, Tensor):
-                value = (ctypes.c_int64 * len(value))(*value)
-                setattr(self, name, ctypes.addressof(value))
+                held = (ctypes.c_int64 * len(value))(*value)
+                setattr(self, name, ctypes.addressof(held))
             elif name in strided:
-                value = even(value)
-                setattr(self, name, Tokens(value.data_ptr(), value.stride(1)))
+                held = even(value)
+                setattr(self, name, Tokens(held.data_ptr(), held.stride(1)))
             else:
-                value = value.contiguous()
-                setattr(self, name, value.data_ptr())
-            self._held.append(value)
+                held = value.contiguous()
+                setattr(self, name, held.data_ptr())
+            self._held.append(held)
 
     @classmethod
     @functools.cache

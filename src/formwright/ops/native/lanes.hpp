@@ -47,6 +47,8 @@ static FW_INLINE void store(float* to, Lanes x, int64_t count) {
 static FW_INLINE Lanes floor_rest(Lanes x) { return (Lanes)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF); }
 static FW_INLINE Lanes scale_by_floor(Lanes p, Lanes x) { return (Lanes)_mm512_scalef_ps((__m512)p, (__m512)x); }
 
+static FW_INLINE float total(Lanes x) { return _mm512_reduce_add_ps((__m512)x); }
+
 // Lane 4 k + j of the result is the sum of lanes 4 k .. 4 k + 3 of the j-th.
 static FW_INLINE Lanes fold(Lanes a, Lanes b, Lanes c, Lanes d) {
   const __m512 one = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b), _mm512_unpackhi_ps((__m512)a, (__m512)b));
@@ -87,6 +89,12 @@ static FW_INLINE Lanes scale_by_floor(Lanes p, Lanes x) {
   Lanes factor;
   std::memcpy(&factor, &power, sizeof factor);
   return p * factor;
+}
+
+static FW_INLINE float total(Lanes x) {
+  float sum[4] = {};
+  for (int i = 0; i < WIDTH; ++i) sum[i & 3] += x[i];
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 static FW_INLINE Lanes fold(Lanes a, Lanes b, Lanes c, Lanes d) {

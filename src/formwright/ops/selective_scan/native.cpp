@@ -6,7 +6,7 @@
 namespace {
 
 struct Call {
-  fw::Tokens x, delta, B, C, z, grad_y;                         // z may be null
+  fw::Tokens x, delta, B, C, z, grad_y;                     // z may be null
   const float *A, *D, *initial, *grad_final;                // (E, N), (E) or null, (rows, E, N) or null, alike
   float *y, *final, *kept;                                  // kept: (chunks, N, padded channels) or null
   float *grad_x, *grad_delta, *grad_z;                      // (tokens, E)
