@@ -6,6 +6,7 @@ Ops whose kernels have a backward pass of their own keep them in ``native.py`` (
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, Protocol
@@ -55,10 +56,13 @@ def run(
 
 def _kernel(op: str, tensors: Sequence[Tensor | None]) -> Any:
     if native.reachable(*tensors):
-        return import_module(f"formwright.ops.{op}.native")
-    if gpu.reachable(*tensors):
-        return import_module(f"formwright.ops.{op}.triton")
-    return None
+        return _module(op, "native")
+    return _module(op, "triton") if gpu.reachable(*tensors) else None
+
+
+@functools.cache
+def _module(op: str, form: str) -> Any:
+    return import_module(f"formwright.ops.{op}.{form}")
 
 
 class Passes(torch.autograd.Function):

@@ -26,7 +26,7 @@ Numbers = TypeVar("Numbers", list[int], Tensor)
 Tuple = TypeVar("Tuple", bound=Any)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rows(Generic[Numbers]):
     """Where rows begin among the B L tokens of a tensor, how many each has, and whether that makes all of them."""
 

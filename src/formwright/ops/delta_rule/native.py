@@ -36,7 +36,7 @@ class Call(native.Call):
 def suits(*tensors: Tensor) -> bool:
     """Whether the kernels take q, k, v, beta and state; gradients are no matter, :class:`Compiled` makes them."""
     q, _, v = tensors[:3]
-    return max(q.shape[-1], v.shape[-1]) <= WIDEST and native.usable(*(t.detach() for t in tensors))
+    return max(q.shape[-1], v.shape[-1]) <= WIDEST and native.reachable(*tensors)
 
 
 def _run(entry: str, tensors: dict[str, Tensor], sizes: tuple[int, ...], borders: Sequence[int], scale: float) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from formwright.ops import native
 
-usable = native.usable
+reachable = native.reachable
 
 
 class Call(native.Call):

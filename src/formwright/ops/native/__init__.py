@@ -129,15 +129,20 @@ def watched() -> bool:
 
 def usable(*tensors: Tensor) -> bool:
     """Whether plain pointers may be handed over: float32 on the CPU, no gradient wanted, nobody watching."""
-    grads = torch.is_grad_enabled()
-    return reachable(*tensors) and not (grads and any(t.requires_grad for t in tensors))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return False
+    return reachable(*tensors)
 
 
 def reachable(*tensors: Tensor | None) -> bool:
-    """The same for a kernel that has a backward pass of its own: a wanted gradient is no hindrance."""
+    """The same for a kernel that has a backward pass of its own: a wanted gradient is no hindrance. None is passed
+    over."""
     if library() is None or watched():
         return False
-    return all(t is None or (type(t) in PLAIN and t.dtype == torch.float32 and t.is_cpu) for t in tensors)
+    for t in tensors:
+        if t is not None and (type(t) not in PLAIN or t.dtype != torch.float32 or not t.is_cpu):
+            return False
+    return True
 
 
 def differentiated(general: Any, tensors: list, wanted: Any, grads: tuple) -> list[Tensor | None]:

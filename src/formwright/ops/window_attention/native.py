@@ -26,8 +26,7 @@ class Call(native.Call):
 
 def usable(q: Tensor, k: Tensor, v: Tensor, seen: Spans) -> bool:
     """Whether the kernel takes these, whatever gradients are wanted: its backward is its own."""
-    with torch.no_grad():
-        return native.usable(q, k, v) and min(*q.shape, *k.shape) > 0 and seen.low.shape[-1] > 0
+    return native.reachable(q, k, v) and min(*q.shape, *k.shape) > 0 and seen.low.shape[-1] > 0
 
 
 def _run(
