@@ -10,7 +10,9 @@ from kernels import compiled, interpreted, needs_triton
 
 SCRIPT = """
 import torch
+import formwright.ops.selective_scan as op
 from kernels import agree
+from formwright.ops import passes
 from formwright.ops.selective_scan import _as, _general, selective_scan_reference
 from formwright.ops.selective_scan import triton as form
 from formwright.ops.selective_scan.native import Tensors
@@ -56,6 +58,19 @@ y, _, kept = form.forward(one, form.rows(one.x, None, None), True, keep=False)
 torch.testing.assert_close(y[0, 0].double(), torch.nn.functional.softplus(steps.double(), threshold=1e3), rtol=1e-6,
                            atol=0.0)
 assert kept is None
+
+# The op itself hands over half precision as it is, and second derivatives go through the general form.
+op.on_gpu = passes.gpu.reachable = lambda *tensors: True
+passes.native.reachable = lambda *tensors: False
+small = [t.bfloat16() for t in (draw(1, 2, 2), draw(1, 2, 2), -draw(2, 1).abs(), draw(1, 2, 1), draw(1, 2, 1))]
+x = small[0].requires_grad_()
+y, final = op.selective_scan(*small)
+wanted, last = op.selective_scan(*(t.detach().double() for t in small), lengths=torch.tensor([2]))
+torch.testing.assert_close(final.double(), last, rtol=1e-5, atol=1e-5)
+assert (y.dtype, final.dtype) == (torch.bfloat16, torch.float32)
+(once,) = torch.autograd.grad(y.square().sum() + final.sum(), x, create_graph=True)
+(twice,) = torch.autograd.grad(once.sum(), x)
+assert twice.dtype == torch.bfloat16 and twice.isfinite().all()
 """
 
 
