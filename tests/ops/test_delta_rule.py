@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -14,25 +13,8 @@ from torch.nn import functional as F
 
 from formwright.kit.errors import SpecError
 from formwright.ops import delta_rule as op
-from formwright.ops import native
 from formwright.ops.delta_rule import delta_rule, delta_rule_map, delta_rule_reference
 from formwright.ops.delta_rule.chunked import Chunked, chunkwise
-
-LEVELS = ("portable", "avx512-vnni")
-
-
-@pytest.fixture(params=LEVELS)
-def level(request) -> Iterator[str]:
-    """One instruction set of the compiled kernels, put back afterwards."""
-    before = native.level()
-    if before is None:
-        pytest.skip("no compiled ops in this environment")
-    native.level(native.LEVELS.index(request.param))
-    if native.level() != request.param:
-        native.level(native.LEVELS.index(before))
-        pytest.skip("this processor has no AVX-512 VNNI")
-    yield request.param
-    native.level(native.LEVELS.index(before))
 
 
 def inputs(rows: int, length: int, heads: int, dk: int, dv: int, seed: int = 0, most: float = 1.0) -> list[Tensor]:

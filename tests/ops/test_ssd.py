@@ -9,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from formwright.kit.errors import SpecError
-from formwright.ops.ssd import ssd, ssd_quadratic, ssd_reference
+from formwright.ops.ssd import _Ssd, ssd, ssd_quadratic, ssd_reference
+from formwright.ops.ssd.chunked import Chunked
 
 FORMS = {"recurrence": ssd_reference, "masked attention": ssd_quadratic}
 
@@ -69,13 +71,83 @@ def test_equals_the_definitions(rows, length, heads, chunk, resets, seed) -> Non
     alike(outcome(ssd, tensors, begins, create_graph=True, chunk=chunk), wanted, 1e-10)
 
 
+def exactly(tensors: list[Tensor], resets: Tensor | None) -> list[Tensor]:
+    """The recurrence in double precision, rounded."""
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    return [t.float() for t in outcome(ssd_reference, exact, resets)]
+
+
 @pytest.mark.parametrize("chunk", [16, 64, 256])
 @pytest.mark.parametrize("groups", [1, 4])
-def test_single_precision(chunk: int, groups: int) -> None:
+def test_single_precision_by_pytorch(chunk: int, groups: int) -> None:
+    def chunked(*given_: Tensor, start: Tensor, resets: Tensor) -> tuple[Tensor, Tensor]:
+        return _Ssd.apply(Chunked(chunk), chunk, *given_, start, resets)
+
     tensors, begins = draw(2, 300, 4, groups, 16, 8, dtype=torch.float32)
-    exact = [t.detach().double().requires_grad_() for t in tensors]
-    wanted = [t.float() for t in outcome(ssd_reference, exact, begins)]
-    alike(outcome(ssd, tensors, begins, chunk=chunk), wanted, 1e-5)
+    alike(outcome(chunked, tensors, begins), exactly(tensors, begins), 1e-5)
+
+
+@pytest.mark.parametrize("resets", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 1, 2, 1, 3, 5), (0, 9, 2, 1, 4, 4), (2, 64, 4, 2, 16, 16), (3, 150, 4, 4, 20, 17), (1, 130, 12, 1, 64, 33)],
+)
+def test_compiled_equals_the_definition(level: str, shape: tuple[int, ...], resets: bool) -> None:
+    tensors, begins = draw(*shape, dtype=torch.float32)
+    begins = begins if resets else None
+    wanted = exactly(tensors, begins)
+    alike(outcome(ssd, tensors, begins), wanted, 3e-6)
+    with torch.no_grad():
+        alike(list(ssd(*tensors[:6], start=tensors[6], resets=begins)), wanted[:2], 3e-6)
+
+
+def test_compiled_does_without_what_is_not_given(level: str) -> None:
+    """No D, no start, no gradient of y or of the final state; slices of a wider tensor as a model hands them over."""
+    wide = torch.randn(2, 70, 4 * 6 + 2 * 2 * 5, generator=torch.Generator().manual_seed(0))
+    (_, dt, A, *_), _ = draw(2, 70, 4, 2, dtype=torch.float32)
+
+    def call(wide: Tensor, dt: Tensor, A: Tensor, form=ssd) -> tuple[Tensor, Tensor]:
+        x, B, C = wide.split((24, 10, 10), -1)
+        return form(x.unflatten(-1, (4, 6)), dt, A, B.unflatten(-1, (2, 5)), C.unflatten(-1, (2, 5)))
+
+    single = [t.detach().requires_grad_() for t in (wide, dt, A)]
+    double = [t.detach().double().requires_grad_() for t in single]
+    mine, wanted = call(*single), call(*double, form=ssd_reference)
+    for which in range(2):
+        weight = torch.linspace(-1, 1, mine[which].numel()).reshape(mine[which].shape)
+        found = torch.autograd.grad(mine[which], single, weight, retain_graph=True)
+        exact = torch.autograd.grad(wanted[which], double, weight.double(), retain_graph=True)
+        alike([mine[which], *found], [t.float() for t in (wanted[which], *exact)], 3e-6)
+    with FlopCounterMode(display=False) as counted:  # what is counted must be PyTorch's operations
+        again = torch.autograd.grad(mine[1], single, weight)
+    alike(list(again), list(found), 3e-6)
+    assert counted.get_total_flops() > 0
+
+
+def test_threads_change_nothing() -> None:
+    tensors, begins = draw(2, 200, 6, 2, 16, 16, dtype=torch.float32)
+    alone = outcome(ssd, tensors, begins)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        together = outcome(ssd, tensors, begins)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(alone[1:], together[1:]))
+
+
+def test_what_is_not_finite_stays_in_its_row_and_head_and_out_of_earlier_chunks(level: str) -> None:
+    (x, dt, A, B, C, D, start), _ = draw(2, 140, 2, 1, 8, 8, dtype=torch.float32)
+    with torch.no_grad():
+        x[0, 70, 1, 3] = float("nan")
+        A[1] = 1.0
+        dt[:, :, 1] *= 1e-3
+        dt[1, 130, 1] = 100.0  # exp(100) overflows
+        y, final = ssd(x, dt, A, B, C, D, start=start)
+    assert torch.isfinite(y[:, :, 0]).all() and torch.isfinite(y[:, :64]).all() and torch.isfinite(y[1, :128]).all()
+    assert torch.isfinite(final[:, 0]).all() and torch.isfinite(y[0, :, 1, :3]).all()
+    assert torch.isnan(y[0, 70:, 1, 3]).all() and torch.isnan(final[0, 1, 3]).all()
+    assert not torch.isfinite(y[1, 130:, 1]).any() and not torch.isfinite(final[1, 1]).any()
 
 
 def test_a_stream_of_calls_is_one_call() -> None:
@@ -107,15 +179,14 @@ def test_documents_end_to_end_are_alone() -> None:
     alike([final], [end], 1e-12)
 
 
-def test_strong_decay_and_long_memory_stay_finite() -> None:
+def test_strong_decay_and_long_memory_stay_finite(level: str) -> None:
     """Decays from 1 to exp(-20000) in one chunk, where differences of running sums would cancel."""
     (x, _, A, B, C, D, start), _ = draw(1, 200, 2, 1, dtype=torch.float32)
     dt = torch.where(torch.arange(200) % 50 == 7, 1e4, 1e-4)[None, :, None].expand(1, 200, 2).requires_grad_()
     tensors = [x, dt, A, B, C, D, start]
-    exact = [t.detach().double().requires_grad_() for t in tensors]
-    found, wanted = outcome(ssd, tensors, None), outcome(ssd_reference, exact, None)
+    found = outcome(ssd, tensors, None)
     assert all(bool(torch.isfinite(t).all()) for t in found)
-    alike(found, [t.float() for t in wanted], 1e-5)
+    alike(found, exactly(tensors, None), 1e-5)
 
 
 def test_half_precision_is_computed_in_single() -> None:

@@ -5,6 +5,13 @@
 
 namespace fw {
 
+// Tokens of a tensor whose last axis is contiguous.
+struct Tokens {
+  const float* data;
+  int64_t stride;
+  const float* at(int64_t token) const { return data + token * stride; }
+};
+
 struct Weight {
   int64_t out, in;
   const void* packed;

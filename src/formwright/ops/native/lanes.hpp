@@ -1,6 +1,6 @@
 // Sixteen floats at once, for kernels that are written once and compiled for every instruction set.
 //
-// Include inside a namespace of its own, for AVX-512 with FW_WIDE defined and between FW_PUSH(FW_AVX512) and FW_END.
+// Included by levels.hpp inside a namespace of its own, for AVX-512 with FW_WIDE defined and between FW_PUSH(FW_AVX512) and FW_END.
 // Sums, products and comparisons are the operators of the compiler's vector type.
 //
 // exp2: 2^x = 2^floor(x) p(x - floor(x)) with a polynomial of degree 6, exact at both ends, relative error below 2e-7.
@@ -47,6 +47,8 @@ static FW_INLINE void store(float* to, Lanes x, int64_t count) {
 static FW_INLINE Lanes floor_rest(Lanes x) { return (Lanes)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF); }
 static FW_INLINE Lanes scale_by_floor(Lanes p, Lanes x) { return (Lanes)_mm512_scalef_ps((__m512)p, (__m512)x); }
 
+static FW_INLINE float total(Lanes x) { return _mm512_reduce_add_ps((__m512)x); }
+
 // Lane 4 k + j of the result is the sum of lanes 4 k .. 4 k + 3 of the j-th.
 static FW_INLINE Lanes fold(Lanes a, Lanes b, Lanes c, Lanes d) {
   const __m512 one = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b), _mm512_unpackhi_ps((__m512)a, (__m512)b));
@@ -87,6 +89,12 @@ static FW_INLINE Lanes scale_by_floor(Lanes p, Lanes x) {
   Lanes factor;
   std::memcpy(&factor, &power, sizeof factor);
   return p * factor;
+}
+
+static FW_INLINE float total(Lanes x) {
+  float sum[4] = {};
+  for (int i = 0; i < WIDTH; ++i) sum[i & 3] += x[i];
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 static FW_INLINE Lanes fold(Lanes a, Lanes b, Lanes c, Lanes d) {
@@ -131,4 +139,10 @@ static FW_INLINE Softplus softplus(Lanes x) {
   p = fma(p, q, all(0.666664105f));
   p = fma(p, q, all(2.0f));
   return {fma(p, s, x < 0.0f ? Lanes{} : x), (x < 0.0f ? u : all(1.0f)) / (1.0f + u)};
+}
+
+// Of the 16 channels from `channel` on, how many there are.
+template <typename Call>
+static FW_INLINE int64_t lanes_of(const Call& call, int64_t channel) {
+  return call.channels - channel < WIDTH ? call.channels - channel : WIDTH;
 }

@@ -1,19 +1,12 @@
 // Selective scan in float32, forward and backward. Only chunk-first states are kept between the two passes: the
 // backward pass runs each chunk forward again from there. Work is handed out by row and slice of channels; sums over
 // channels (the gradients of B and C) are left per slice, so that they do not depend on the number of threads.
-#include "../native/common.hpp"
+#include "../native/calls.hpp"
 
 namespace {
 
-// Tokens of a tensor whose last axis is contiguous.
-struct Tokens {
-  const float* data;
-  int64_t stride;
-  const float* at(int64_t token) const { return data + token * stride; }
-};
-
 struct Call {
-  Tokens x, delta, B, C, z, grad_y;                         // z may be null
+  fw::Tokens x, delta, B, C, z, grad_y;                     // z may be null
   const float *A, *D, *initial, *grad_final;                // (E, N), (E) or null, (rows, E, N) or null, alike
   float *y, *final, *kept;                                  // kept: (chunks, N, padded channels) or null
   float *grad_x, *grad_delta, *grad_z;                      // (tokens, E)
@@ -33,27 +26,8 @@ struct Call {
   }
 };
 
-namespace portable {
-#include "../native/lanes.hpp"
-#include "kernel.hpp"
-}  // namespace portable
-
-#ifdef FW_X86
-FW_PUSH(FW_AVX2)
-namespace two {
-#include "../native/lanes.hpp"
-#include "kernel.hpp"
-}  // namespace two
-FW_END
-FW_PUSH(FW_AVX512)
-#define FW_WIDE
-namespace wide {
-#include "../native/lanes.hpp"
-#include "kernel.hpp"
-}  // namespace wide
-#undef FW_WIDE
-FW_END
-#endif
+#define FW_KERNEL "../selective_scan/kernel.hpp"
+#include "../native/levels.hpp"
 
 // run(row, slice, first group, last group) for every row and slice of channels.
 template <typename Run>
@@ -73,21 +47,13 @@ void each(const Call& call, int threads, const Run& run) {
 FW_API int64_t fw_selective_scan_chunk() { return portable::CHUNK; }
 
 FW_API void fw_selective_scan(const Call* call, int threads) {
-  each(*call, threads, [&](int64_t row, int64_t, int64_t first, int64_t last) {
-#ifdef FW_X86
-    if (fw::level() == fw::VNNI) return wide::forward_row(*call, row, first, last);
-    if (fw::level() == fw::TWO) return two::forward_row(*call, row, first, last);
-#endif
-    portable::forward_row(*call, row, first, last);
-  });
+  const auto run = FW_AT_LEVEL(forward_row);
+  each(*call, threads,
+       [&](int64_t row, int64_t, int64_t first, int64_t last) { run(*call, row, first, last); });
 }
 
 FW_API void fw_selective_scan_backward(const Call* call, int threads) {
-  each(*call, threads, [&](int64_t row, int64_t slice, int64_t first, int64_t last) {
-#ifdef FW_X86
-    if (fw::level() == fw::VNNI) return wide::backward_row(*call, row, slice, first, last);
-    if (fw::level() == fw::TWO) return two::backward_row(*call, row, slice, first, last);
-#endif
-    portable::backward_row(*call, row, slice, first, last);
-  });
+  const auto run = FW_AT_LEVEL(backward_row);
+  each(*call, threads,
+       [&](int64_t row, int64_t slice, int64_t first, int64_t last) { run(*call, row, slice, first, last); });
 }

@@ -7,13 +7,17 @@ derivative is asked for, the chunked form itself is differentiated. Cost: linear
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from formwright.kit.errors import SpecError
-from formwright.ops.ssd.chunked import chunked_backward, chunked_forward
+from formwright.ops.gpu import on_gpu
+from formwright.ops.native import differentiated
+from formwright.ops.ssd.chunked import Chunked
+from formwright.ops.ssd.native import Compiled
 from formwright.ops.ssd.reference import ssd_quadratic, ssd_reference
 from formwright.registry import Paper, register
 
@@ -56,53 +60,66 @@ def ssd(
         empty = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1], dtype=kind)
         return torch.zeros_like(x), empty if start is None else given[-1]  # type: ignore[return-value]
     given.append(resets)
-    q = chunk_of(x.shape[1], chunk)
-    y, final = _Ssd.apply(q, *given) if _by_hand(given) else chunked_forward(*given, q=q)[:2]
+    form = _form(given, Chunked(chunk_of(x.shape[1], chunk)))
+    y, final = _Ssd.apply(form, chunk, *given) if _by_hand(given) else form.forward(*given, keep=False)[:2]
     return y.to(x.dtype), final
+
+
+class Form(Protocol):
+    """A way to compute: ``forward`` gives y, the final state, and what ``backward`` wants besides its inputs."""
+
+    def takes(self, *tensors: Tensor | None) -> bool: ...
+
+    def forward(self, *given: Any, keep: bool) -> tuple[Tensor, ...]: ...
+
+    def backward(self, dy: Tensor, dfinal: Tensor | None, *tensors: Any) -> tuple[Tensor | None, ...]: ...
+
+
+def _form(given: list[Any], general: Form) -> Form:
+    """The form that suits type, device and shape."""
+    x, B = given[0], given[3]
+    if Compiled.takes(*given[:7]):
+        return Compiled() if Compiled.suits(x, B) else general
+    if on_gpu(x) and x.dtype == torch.float32 and x.shape[1] > 1 and not _traced():
+        from formwright.ops.ssd.triton import Kernels
+
+        if Kernels.suits(x, B):
+            return Kernels()
+    return general
+
+
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _by_hand(given: list[Tensor | None]) -> bool:
     """Whether the backward pass written by hand is called for; transforms and tracers differentiate the torch form."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    return not _traced() and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
 
 
 class _Ssd(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: int, *given: Any) -> tuple[Tensor, Tensor]:
-        y, final, before = chunked_forward(*given, q=q)
-        ctx.q = q
-        ctx.save_for_backward(*given, before)
+    def forward(ctx: Any, form: Form, chunk: int, *given: Any) -> tuple[Tensor, Tensor]:
+        y, final, *kept = form.forward(*given, keep=True)
+        ctx.form, ctx.chunk, ctx.kept = form, chunk, len(kept)
+        ctx.save_for_backward(*given, *kept)
         ctx.set_materialize_grads(False)
         return y, final
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        tensors, before = ctx.saved_tensors[:-1], ctx.saved_tensors[-1]
+        given, kept = ctx.saved_tensors[: -ctx.kept], ctx.saved_tensors[-ctx.kept :]
+        wanted, form = ctx.needs_input_grad[2:], ctx.form
+        general = Chunked(chunk_of(given[0].shape[1], ctx.chunk))
         dy, dfinal = grads
-        wanted = ctx.needs_input_grad[1:]
         if dy is None and dfinal is None:
-            found: tuple[Tensor | None, ...] = (None,) * 7
+            found: Any = [None] * len(given)
         elif torch.is_grad_enabled():
-            found = _differentiated(wanted, tensors, grads, ctx.q)
+            run = partial(general.forward, keep=True)
+            found = differentiated(run, given, wanted, grads)
         else:
-            dy = torch.zeros_like(tensors[0]) if dy is None else dy
-            found = chunked_backward(dy, dfinal, *tensors, before=before, q=ctx.q)
-        return (None, *(grad if wanted[index] else None for index, grad in enumerate(found)), None)
-
-
-def _differentiated(wanted: Any, tensors: Any, grads: tuple[Any, ...], q: int) -> tuple[Tensor | None, ...]:
-    """The same gradients as a graph, for second derivatives."""
-    outputs = chunked_forward(*tensors, q=q)[:2]
-    held = [index for index, grad in enumerate(grads) if grad is not None]
-    places = [index for index in range(7) if wanted[index]]
-    made = torch.autograd.grad(
-        [outputs[index] for index in held],
-        [tensors[index] for index in places],
-        [grads[index] for index in held],
-        create_graph=True,
-        allow_unused=True,
-    )
-    found = dict(zip(places, made))
-    return tuple(found.get(index) for index in range(7))
+            if not form.takes(dy, dfinal):
+                form, kept = general, general.forward(*given, keep=True)[2:]
+            dy = torch.zeros_like(given[0]) if dy is None else dy
+            found = (*form.backward(dy, dfinal, *given, *kept), None)
+        return None, None, *(grad if want else None for grad, want in zip(found, wanted))

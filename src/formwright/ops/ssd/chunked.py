@@ -13,11 +13,13 @@ q N G / H once a group), about twice that backward.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from formwright.ops.ssd.reference import logarithms
 
 
 class Pieces(NamedTuple):
@@ -74,12 +76,6 @@ def between(logs: Tensor) -> Tensor:
     if torch.is_grad_enabled() and logs.requires_grad:
         return spread.masked_fill(~after, 0.0).cumsum(-2).masked_fill(~lower, float("-inf")).exp()
     return spread.exp().masked_fill_(~after, 1.0).cumprod(-2).mul_(lower)
-
-
-def logarithms(dt: Tensor, A: Tensor, resets: Tensor | None) -> Tensor:
-    """Logarithms of the decays (b, L, H); nothing passes a token that begins a document."""
-    logs = dt * A
-    return logs if resets is None else logs.masked_fill(resets[..., None], float("-inf"))
 
 
 def pieces(x: Tensor, dt: Tensor, logs: Tensor, B: Tensor, C: Tensor, q: int) -> Pieces:
@@ -175,17 +171,38 @@ def chunked_backward(
     whole = (through * before * after).unflatten(3, (-1, width)).sum((-2, -1))
     dlogs = dlogs + late + F.pad(early, (0, 0, 0, 0, 1, -1)) + whole[:, :, None]
     dlogs = join(dlogs, length)
-    if resets is not None:
-        dlogs = dlogs.masked_fill(resets[..., None], 0.0)
-    toward = (x * dvalues).sum(-1)
     dx = dt[..., None] * dvalues
     if D is not None:
         dx = torch.addcmul(dx, D[:, None], dy)
-    ddt = torch.addcmul(toward, A, dlogs)
-    dA, dD = (dt * dlogs).sum((0, 1)), (dy * x).sum((0, 1, 3))
+    ddt, dA, dD = of_decays(x, dt, A, dy, (x * dvalues).sum(-1), dlogs, resets)
     dB, dC = (t.transpose(2, 3).flatten(1, 2)[:, :length] for t in (dB, dC))
     dstart = dstate.reshape(*x.shape[:1], *x.shape[2:], B.shape[3])
     return dx, ddt, dA, dB, dC, dD, dstart
+
+
+class Chunked(NamedTuple):
+    """The form in chunks of ``q`` tokens by PyTorch's operations: any dtype and device."""
+
+    q: int
+
+    def takes(self, *tensors: Tensor | None) -> bool:
+        return True
+
+    def forward(self, *given: Any, keep: bool) -> tuple[Tensor, ...]:
+        return chunked_forward(*given, q=self.q)
+
+    def backward(self, dy: Tensor, dfinal: Tensor | None, *tensors: Any) -> tuple[Tensor, ...]:
+        *given, before = tensors
+        return chunked_backward(dy, dfinal, *given, before=before, q=self.q)
+
+
+def of_decays(
+    x: Tensor, dt: Tensor, A: Tensor, dy: Tensor, toward: Tensor, dlogs: Tensor, resets: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of Δ, A and D; ``toward`` is that of Δ as a factor of x, ``dlogs`` that of the decays' logarithms."""
+    if resets is not None:
+        dlogs = dlogs.masked_fill(resets[..., None], 0.0)
+    return torch.addcmul(toward, A, dlogs), (dt * dlogs).sum((0, 1)), (dy * x).sum((0, 1, 3))
 
 
 def crossing(pairs: Tensor) -> Tensor:

@@ -9,6 +9,12 @@ import torch
 from torch import Tensor
 
 
+def logarithms(dt: Tensor, A: Tensor, resets: Tensor | None) -> Tensor:
+    """Logarithms of the decays (B, L, H); nothing passes a token that begins a document."""
+    logs = dt * A
+    return logs if resets is None else logs.masked_fill(resets[..., None], float("-inf"))
+
+
 def ssd_reference(
     x: Tensor,
     dt: Tensor,
@@ -21,16 +27,12 @@ def ssd_reference(
     resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence, a token at a time; shapes as in :func:`formwright.ops.ssd.ssd`."""
-    rows, length, heads, width = x.shape
-    B, C = _per_head(B, heads), _per_head(C, heads)
-    state = x.new_zeros(rows, heads, width, B.shape[-1]) if start is None else start
+    B, C, state = _per_head(x, B, C, start)
+    decay = logarithms(dt, A, resets).exp()
     out = []
-    for t in range(length):
-        decay = torch.exp(dt[:, t] * A)
-        if resets is not None:
-            decay = decay.masked_fill(resets[:, t, None], 0.0)
+    for t in range(x.shape[1]):
         written = (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
-        state = decay[..., None, None] * state + written
+        state = decay[:, t, :, None, None] * state + written
         out.append((state * C[:, t, :, None]).sum(-1))
     y = torch.stack(out, 1) if out else torch.zeros_like(x)
     return (y if D is None else y + D[:, None] * x), state
@@ -48,15 +50,11 @@ def ssd_quadratic(
     resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The dual form: C are queries, B keys and Δ x values of linear attention under a mask of products of decays."""
-    rows, length, heads, width = x.shape
-    B, C = _per_head(B, heads), _per_head(C, heads)
-    state = x.new_zeros(rows, heads, width, B.shape[-1]) if start is None else start
+    B, C, state = _per_head(x, B, C, start)
+    length = x.shape[1]
     if length == 0:
         return torch.zeros_like(x), state
-    decay = torch.exp(dt * A)
-    if resets is not None:
-        decay = decay.masked_fill(resets[..., None], 0.0)
-    decay = decay.transpose(1, 2)  # (B, H, L)
+    decay = logarithms(dt, A, resets).exp().transpose(1, 2)  # (B, H, L)
     mask = torch.stack([_row(decay, t) for t in range(length)], 2)
     values = dt[..., None] * x
     y = torch.einsum("bhij,bihn,bjhn,bjhp->bihp", mask, C, B, values)
@@ -73,5 +71,8 @@ def _row(decay: Tensor, t: int) -> Tensor:
     return torch.cat((later, torch.ones_like(decay[..., :1]), ahead), -1)
 
 
-def _per_head(t: Tensor, heads: int) -> Tensor:
-    return t.repeat_interleave(heads // t.shape[2], dim=2)
+def _per_head(x: Tensor, B: Tensor, C: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """B and C for every head (B, L, H, N), and the state before the first token."""
+    rows, _, heads, width = x.shape
+    B, C = (t.repeat_interleave(heads // t.shape[2], dim=2) for t in (B, C))
+    return B, C, x.new_zeros(rows, heads, width, B.shape[-1]) if start is None else start

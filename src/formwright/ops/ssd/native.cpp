@@ -1,0 +1,122 @@
+// The state-space dual in float32, forward and backward, in chunks of 64 tokens.
+//
+// Each chunk of a group is cut once into a Block: B and C padded to whole vectors, and their scores C B^T. Then every
+// head walks its chunks with its state in the second-level cache. With the decays' running products M, X = dt x, and
+// `into` and `out` the decays from a chunk's start to a token and from it to the chunk's end:
+//
+//     Y = (scores M) X + into (C S) + D x,    S <- through S + B^T (out X)
+//
+// The backward pass goes through the chunks in reverse with the states that the forward pass kept before each, and
+// leaves what belongs to groups (of B, C and the scores) summed over a slice of their heads; a last pass over the
+// blocks adds slices up. Nothing depends on the number of threads.
+#include "../native/calls.hpp"
+
+namespace {
+
+constexpr int64_t CHUNK = 64;
+
+struct Call {
+  fw::Tokens x, dt, B, C, dy;                // (rows length, heads width), (heads), (groups size) twice, like x
+  const float *A, *D, *start, *dfinal;       // (heads), (heads) or null, (rows, heads, width, size) or null, alike
+  const uint8_t* resets;                     // (rows length) or null
+  float *y, *final;                          // (rows length, heads, width), (rows, heads, width, size)
+  float *blocks, *states;                    // see Block; (rows, heads, chunks, size, width), padded, or null
+  float *dblocks;                            // (slices) times the blocks
+  float *dx, *ddt, *dA, *dB, *dC, *dD, *dstart;  // dA, dD (rows, heads), the others like what they are of
+  int64_t rows, length, heads, groups, width, size, slices;
+
+  int64_t chunks() const { return (length + CHUNK - 1) / CHUNK; }
+  int64_t wide() const { return (width + 15) / 16 * 16; }
+  int64_t deep() const { return (size + 15) / 16 * 16; }
+  int64_t tokens(int64_t chunk) const { return chunk + 1 < chunks() ? CHUNK : length - chunk * CHUNK; }
+  int64_t block_floats() const { return CHUNK * (2 * deep() + CHUNK); }
+  float* state_at(int64_t row, int64_t head, int64_t chunk) const {
+    return states + ((row * heads + head) * chunks() + chunk) * deep() * wide();
+  }
+};
+
+// What a chunk of one group holds, or the gradients of all that: b and c (64, deep), scores (64, 64).
+struct Block {
+  float *b, *c, *scores;
+
+  Block(const Call& call, float* blocks, int64_t row, int64_t group, int64_t chunk)
+      : b(blocks + ((row * call.groups + group) * call.chunks() + chunk) * call.block_floats()),
+        c(b + CHUNK * call.deep()),
+        scores(c + CHUNK * call.deep()) {}
+};
+
+namespace portable {
+#include "../native/lanes.hpp"
+#include "../native/products.hpp"
+#include "kernel.hpp"
+}  // namespace portable
+
+#ifdef FW_X86
+FW_PUSH(FW_AVX2)
+namespace two {
+#include "../native/lanes.hpp"
+#include "../native/products.hpp"
+#include "kernel.hpp"
+}  // namespace two
+FW_END
+FW_PUSH(FW_AVX512)
+#define FW_WIDE
+namespace wide {
+#include "../native/lanes.hpp"
+#include "../native/products.hpp"
+#include "kernel.hpp"
+}  // namespace wide
+#undef FW_WIDE
+FW_END
+#endif
+
+// Passes over all of one kind: chunks of groups, heads, slices of groups' heads.
+struct Passes {
+  void (*cut)(const Call&, int64_t row, int64_t group, int64_t chunk);
+  void (*step)(const Call&, int64_t row, int64_t head);
+  void (*forward)(const Call&, int64_t row, int64_t head);
+  void (*backward)(const Call&, int64_t row, int64_t group, int64_t slice);
+  void (*join)(const Call&, int64_t row, int64_t group, int64_t chunk);
+};
+
+Passes passes() {
+#ifdef FW_X86
+  if (fw::level() == fw::VNNI) return {wide::cut, wide::step, wide::forward, wide::backward, wide::join};
+  if (fw::level() == fw::TWO) return {two::cut, two::step, two::forward, two::backward, two::join};
+#endif
+  return {portable::cut, portable::step, portable::forward, portable::backward, portable::join};
+}
+
+// run(row, i, j) for every row, i < first and j < second.
+template <typename Run>
+void each(const Call& call, int64_t first, int64_t second, int64_t grain, int threads, const Run& run) {
+  fw::parallel(call.rows * first * second, grain, threads, [&](int64_t from, int64_t to) {
+    for (int64_t at = from; at < to; ++at) run(call, at / second / first, at / second % first, at % second);
+  });
+}
+
+}  // namespace
+
+// Tokens of a chunk.
+FW_API int64_t fw_ssd_chunk() { return CHUNK; }
+
+// x, dt, A, B, C, D, start and resets -> y and final, blocks, and states where they are wanted. Without blocks the
+// length is 1, and one step is taken.
+FW_API void fw_ssd(const Call* call, int threads) {
+  const Passes run = passes();
+  if (call->blocks != nullptr) {
+    each(*call, call->groups, call->chunks(), 1, threads, run.cut);
+    each(*call, call->heads, 1, 1, threads, [&](const Call& c, int64_t row, int64_t i, int64_t) { run.forward(c, row, i); });
+    return;
+  }
+  // Steps are short: a thread takes about a quarter of a megabyte of states at once.
+  const int64_t grain = 1 + (1 << 16) / (call->width * call->size);
+  each(*call, call->heads, 1, grain, threads, [&](const Call& c, int64_t row, int64_t i, int64_t) { run.step(c, row, i); });
+}
+
+// The same with blocks and states, dy and dfinal -> dx, ddt, dA, dB, dC, dD, dstart; uses dblocks.
+FW_API void fw_ssd_backward(const Call* call, int threads) {
+  const Passes run = passes();
+  each(*call, call->groups, call->slices, 1, threads, run.backward);
+  each(*call, call->groups, call->chunks(), 1, threads, run.join);
+}

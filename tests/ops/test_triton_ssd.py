@@ -1,0 +1,56 @@
+"""The state-space dual's GPU kernels, run by Triton's interpreter on the CPU, against the recurrence."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import torch
+from formwright.ops.ssd import _Ssd, ssd_reference
+from formwright.ops.ssd import triton as form
+
+form.CHUNK = 16  # the interpreter is slow, and chunks are what is tried
+cases = ((2, 19, 4, 2, 20, 16, True), (1, 33, 1, 1, 4, 35, False))
+for rows, length, heads, groups, width, size, whole in cases:
+    generator = torch.Generator().manual_seed(length)
+    shapes = ((rows, length, heads, width), (rows, length, groups, size), (rows, length, groups, size), (heads,))
+    x, B, C, D = (torch.randn(shape, generator=generator) for shape in shapes)
+    dt, A = 2 * torch.rand(rows, length, heads, generator=generator), -3 * torch.rand(heads, generator=generator)
+    start = torch.randn(rows, heads, width, size, generator=generator)
+    resets = torch.rand(rows, length, generator=generator) < 0.15
+    single = [x, dt, A, B, C, D, start] if whole else [x, dt, A, B, C]
+    single = [t.requires_grad_() for t in single]
+    double = [t.detach().double().requires_grad_() for t in single]
+    kernels = form.Kernels()
+    assert kernels.suits(x, B)
+    if whole:
+        mine = _Ssd.apply(kernels, 64, *single, resets)
+        wanted = ssd_reference(*double[:6], start=double[6], resets=resets)
+    else:
+        mine, wanted = _Ssd.apply(kernels, 64, *single, None, None, None), ssd_reference(*double)
+    count = 2 if whole else 1  # the final state has a gradient of its own, or none
+    directions = [torch.randn(t.shape, generator=generator) for t in mine[:count]]
+    grads = [
+        torch.autograd.grad(out[:count], held, [d.to(out[0].dtype) for d in directions])
+        for out, held in ((mine, single), (wanted, double))
+    ]
+    for found, exact in zip((*mine, *grads[0]), (*wanted, *grads[1])):
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+y, _ = _Ssd.apply(kernels, 64, *single, None, None, None)
+(first,) = torch.autograd.grad(y.square().sum(), single[1], create_graph=True)
+assert torch.isfinite(torch.autograd.grad(first.square().sum(), single[1])[0]).all()
+print("agrees")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_kernels_equal_the_recurrence() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.stdout.strip() == "agrees", done.stderr[-2000:]
