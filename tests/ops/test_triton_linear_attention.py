@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
-import pytest
+from kernels import interpreted, needs_triton
 
 SCRIPT = """
 import torch
@@ -26,18 +21,9 @@ for borders, rows, length in ((None, 2, 37), ((0, 0, 33, 35), 1, 35), (None, 1, 
                              None if start is None else start.double(), borders, reverse)
             for mine, theirs in zip(found, wanted):
                 torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-4)
-print("equal")
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@needs_triton
 def test_equals_the_chunked_form() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == "equal"
+    interpreted(SCRIPT)

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
-import pytest
+from kernels import interpreted, needs_triton
 
 SCRIPT = """
 import torch
@@ -38,13 +33,6 @@ check(sliding(1, 0, 0), 1, 1, 1, 4)
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed on this machine")
+@needs_triton
 def test_kernels_in_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "from formwright.ops.window_attention import triton\n" + SCRIPT],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    interpreted("from formwright.ops.window_attention import triton\n" + SCRIPT)

@@ -6,8 +6,9 @@ Whatever is remembered has one entry a row: B of them, or S.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,30 +21,64 @@ def row_count(x: Tensor, offsets: Tensor | None) -> int:
     return x.shape[0] if offsets is None else offsets.shape[0] - 1
 
 
-class Rows(NamedTuple):
+#: Numbers of rows: a list for loops on the CPU, or a tensor on a device.
+Numbers = TypeVar("Numbers", list[int], Tensor)
+Tuple = TypeVar("Tuple", bound=Any)
+
+
+@dataclass
+class Rows(Generic[Numbers]):
     """Where rows begin among the B L tokens of a tensor, how many each has, and whether that makes all of them."""
 
-    starts: list[int]
-    lengths: list[int]
+    starts: Numbers
+    lengths: Numbers
     full: bool
 
-    @classmethod
-    def of(cls, x: Tensor, lengths: Tensor | None, offsets: Tensor | None) -> Rows:
+    @staticmethod
+    def of(x: Tensor, lengths: Tensor | None, offsets: Tensor | None) -> Rows[list[int]]:
+        """SpecError where ``lengths`` or ``offsets`` name tokens that ``x`` (B, L, ...) does not have."""
         if offsets is not None:
             borders = offsets.tolist()
             if borders != sorted(borders) or borders[:1] != [0] or borders[-1] != x.shape[1]:
                 raise SpecError(f"offsets must rise from 0 to the {x.shape[1]} tokens of the packed row")
-            return cls(borders[:-1], [stop - start for start, stop in pairwise(borders)], True)
+            return Rows(borders[:-1], [stop - start for start, stop in pairwise(borders)], True)
         count, length = x.shape[:2]
         each = [length] * count if lengths is None else lengths.tolist()
         if any(not 0 <= own <= length for own in each):
             raise SpecError(f"lengths must be 0 to {length}, the tokens that a row of this call has")
-        return cls([row * length for row in range(count)], each, lengths is None)
+        return Rows([row * length for row in range(count)], each, lengths is None)
+
+    @staticmethod
+    def on_device(x: Tensor, lengths: Tensor | None, offsets: Tensor | None) -> Rows[Tensor]:
+        """The same as int64 tensors beside ``x``. Nothing waits for a device to say what they hold, so numbers that do
+        not fit are cut to the tokens that there are."""
+        count, length = x.shape[:2]
+        if offsets is not None:
+            borders = offsets.to(x.device, torch.int64).clamp(0, length)
+            return Rows(borders[:-1], borders.diff().clamp(min=0), True)
+        starts = torch.arange(0, count * length, length, device=x.device)
+        if lengths is None:
+            return Rows(starts, torch.full_like(starts, length), True)
+        return Rows(starts, lengths.to(x.device, torch.int64).clamp(0, length), False)
 
     def blank(self, like: Tensor, *more: int) -> Tensor:
         """Memory for a result of the shape of ``like`` (behind ``more`` axes): zero where some tokens are padding."""
         made = like.new_empty if self.full else like.new_zeros
         return made(*more, *like.shape)
+
+
+def even(t: Tensor) -> Tensor:
+    """(B, L, F) whose last axis is contiguous and whose tokens lie at one distance, across rows too."""
+    even = t.shape[0] <= 1 or t.stride(0) == t.shape[1] * t.stride(1)
+    return t if even and (t.stride(2) == 1 or t.shape[2] <= 1) else t.contiguous()
+
+
+def laid_out(tensors: Tuple, strided: str) -> Tuple:
+    """A named tuple of tensors: fields named in ``strided`` are :func:`even`, others contiguous, None stays."""
+    given = {name: t for name, t in tensors._asdict().items() if t is not None}
+    return tensors._replace(
+        **{name: even(t) if name in strided.split() else t.contiguous() for name, t in given.items()}
+    )
 
 
 def valid(x: Tensor, lengths: Tensor) -> Tensor:

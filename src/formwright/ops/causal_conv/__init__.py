@@ -4,7 +4,8 @@
 
 The last tap multiplies the present token. Recurrent mixers put one before their recurrence (Gu and Dao, 2023,
 2312.00752; Poli et al., 2023, 2302.10866). ``reference`` is the definition, ``shifted`` the
-general form, a sum of K shifted products, ``native`` a compiled one that reads and writes every token once.
+general form, a sum of K shifted products, ``native`` a compiled one that reads and writes every token once, ``triton``
+the same on a GPU. Half precision is computed in float32.
 Cost: K multiply-adds a token and channel, no products of matrices; state: the last K-1 tokens.
 """
 
@@ -12,14 +13,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from formwright.kit.errors import SpecError
-from formwright.ops.causal_conv.native import NativeConv, Tensors, native_conv, usable
+from formwright.ops.causal_conv.native import Tensors
 from formwright.ops.causal_conv.reference import causal_conv_reference
 from formwright.ops.causal_conv.shifted import shifted_conv
-from formwright.ops.rows import Rows, check_rows, repack, row_count, unpack
+from formwright.ops.passes import run
+from formwright.ops.rows import check_rows, repack, row_count, unpack
 from formwright.registry import Paper, register
 
 __all__ = ["causal_conv", "causal_conv_reference"]
@@ -51,17 +52,11 @@ def causal_conv(
     check(x, weight, bias, lengths, offsets, initial)
     if initial is None:
         initial = x.new_zeros(row_count(x, offsets), weight.shape[1] - 1, x.shape[2])
-    tensors = Tensors(x, weight, bias, initial)
 
     def general(*tensors: Any) -> tuple[Tensor, Tensor]:
         return _general(Tensors(*tensors), lengths, offsets, silu)
 
-    if not usable(*tensors):
-        return general(*tensors)
-    rows = Rows.of(x, lengths, offsets)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return NativeConv.apply(rows, silu, general, *tensors)
-    return native_conv(tensors, rows, silu)
+    return run("causal_conv", general, Tensors(x, weight, bias, initial.to(x.dtype)), lengths, offsets, silu)
 
 
 def _general(tensors: Tensors, lengths: Tensor | None, offsets: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,6 @@
 
 constexpr int64_t TILE = 8;
 
-static FW_INLINE int64_t lanes_of(const Call& call, int64_t channel) {
-  return call.channels - channel < WIDTH ? call.channels - channel : WIDTH;
-}
-
 template <int TAPS>
 static FW_INLINE void taps_of(const Call& call, int64_t channel, int64_t count, Lanes* to) {
   for (int j = 0; j < TAPS; ++j) to[j] = load(call.weight + j * call.channels + channel, count);

@@ -28,27 +28,8 @@ struct Call {
   }
 };
 
-namespace portable {
-#include "../native/lanes.hpp"
-#include "kernel.hpp"
-}  // namespace portable
-
-#ifdef FW_X86
-FW_PUSH(FW_AVX2)
-namespace two {
-#include "../native/lanes.hpp"
-#include "kernel.hpp"
-}  // namespace two
-FW_END
-FW_PUSH(FW_AVX512)
-#define FW_WIDE
-namespace wide {
-#include "../native/lanes.hpp"
-#include "kernel.hpp"
-}  // namespace wide
-#undef FW_WIDE
-FW_END
-#endif
+#define FW_KERNEL "../causal_conv/kernel.hpp"
+#include "../native/levels.hpp"
 
 // run(row, first, last) for the rows' tokens among those from `from` to `to` of all; `first` and `last` count in the row.
 template <typename Run>
@@ -68,14 +49,9 @@ FW_API int64_t fw_causal_conv_span() { return SPAN; }
 
 FW_API void fw_causal_conv(const Call* given, int threads) {
   const Call& call = *given;
+  const auto run = FW_AT_LEVEL(forward_any);
   fw::parallel(call.tokens, std::max<int64_t>(32768 / (call.channels + 1), 8), threads, [&](int64_t from, int64_t to) {
-    within(call, from, to, [&](int64_t row, int64_t first, int64_t last) {
-#ifdef FW_X86
-      if (fw::level() == fw::VNNI) return wide::forward_any(call, row, first, last);
-      if (fw::level() == fw::TWO) return two::forward_any(call, row, first, last);
-#endif
-      portable::forward_any(call, row, first, last);
-    });
+    within(call, from, to, [&](int64_t row, int64_t first, int64_t last) { run(call, row, first, last); });
   });
   const int64_t kept = call.taps - 1;
   for (int64_t row = 0; row < call.rows; ++row)
@@ -86,16 +62,12 @@ FW_API void fw_causal_conv(const Call* given, int threads) {
 
 FW_API void fw_causal_conv_backward(const Call* given, int threads) {
   const Call& call = *given;
+  const auto run = FW_AT_LEVEL(backward_any);
   fw::parallel((call.tokens + SPAN - 1) / SPAN, 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t span = begin; span < end; ++span) {
       float* grads = call.grad_taps + span * (call.taps + 1) * call.channels;
-      within(call, span * SPAN, std::min((span + 1) * SPAN, call.tokens), [&](int64_t row, int64_t first, int64_t last) {
-#ifdef FW_X86
-        if (fw::level() == fw::VNNI) return wide::backward_any(call, row, first, last, grads);
-        if (fw::level() == fw::TWO) return two::backward_any(call, row, first, last, grads);
-#endif
-        portable::backward_any(call, row, first, last, grads);
-      });
+      within(call, span * SPAN, std::min((span + 1) * SPAN, call.tokens),
+             [&](int64_t row, int64_t first, int64_t last) { run(call, row, first, last, grads); });
     }
   });
   if (call.grad_final == nullptr) return;

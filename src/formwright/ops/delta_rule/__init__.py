@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from formwright.kit.errors import SpecError
+from formwright.ops import gpu
 from formwright.ops.delta_rule.chunked import CHUNK, Chunked, chunkwise, documents
 from formwright.ops.delta_rule.native import Compiled, suits
 from formwright.ops.delta_rule.reference import delta_rule_map, delta_rule_reference
-from formwright.ops.gpu import on_gpu
 from formwright.registry import Paper, register
 
 __all__ = ["delta_rule", "delta_rule_map", "delta_rule_reference"]
@@ -68,7 +68,7 @@ def _run(
         return Compiled.apply(q, k, v, beta, state, scale, borders)
     if borders is not None:
         return documents(partial(_run, scale=scale, borders=None), (q, k, v, beta, state), borders)
-    if on_gpu(q) and q.dtype == torch.float32 and q.shape[1] > 1:
+    if gpu.reachable(q, k, v, beta, state) and q.shape[1] > 1:
         from formwright.ops.delta_rule.triton import Kernel
         from formwright.ops.delta_rule.triton import suits as fits
 

@@ -1,5 +1,7 @@
 // The delta rule of one head and document, forward and backward; included once for every instruction set.
 
+#include "../native/products.hpp"
+
 // One token by the recurrence itself.
 static void one_step(const float* q, const float* k, const float* v, float beta, float scale, const float* state,
                      float* last, float* out, float* error, int64_t keys, int64_t values) {

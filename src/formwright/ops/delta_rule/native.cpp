@@ -25,30 +25,8 @@ struct Call {
   float scale;
 };
 
-namespace portable {
-#include "../native/lanes.hpp"
-#include "../native/products.hpp"
-#include "kernel.hpp"
-}  // namespace portable
-
-#ifdef FW_X86
-FW_PUSH(FW_AVX2)
-namespace two {
-#include "../native/lanes.hpp"
-#include "../native/products.hpp"
-#include "kernel.hpp"
-}  // namespace two
-FW_END
-FW_PUSH(FW_AVX512)
-#define FW_WIDE
-namespace wide {
-#include "../native/lanes.hpp"
-#include "../native/products.hpp"
-#include "kernel.hpp"
-}  // namespace wide
-#undef FW_WIDE
-FW_END
-#endif
+#define FW_KERNEL "../delta_rule/kernel.hpp"
+#include "../native/levels.hpp"
 
 using Pass = void (*)(const Call&, int64_t, int64_t);
 
@@ -62,18 +40,10 @@ void run(const Call& call, int threads, Pass pass) {
 
 // q, k, v, beta and state -> out and last, and where they are wanted errors and states.
 FW_API void fw_delta_rule(const Call* call, int threads) {
-#ifdef FW_X86
-  if (fw::level() == fw::VNNI) return run(*call, threads, wide::forward);
-  if (fw::level() == fw::TWO) return run(*call, threads, two::forward);
-#endif
-  run(*call, threads, portable::forward);
+  run(*call, threads, FW_AT_LEVEL(forward));
 }
 
 // The same inputs with errors and states, d_out and d_last -> the gradients of the inputs.
 FW_API void fw_delta_rule_backward(const Call* call, int threads) {
-#ifdef FW_X86
-  if (fw::level() == fw::VNNI) return run(*call, threads, wide::backward);
-  if (fw::level() == fw::TWO) return run(*call, threads, two::backward);
-#endif
-  run(*call, threads, portable::backward);
+  run(*call, threads, FW_AT_LEVEL(backward));
 }

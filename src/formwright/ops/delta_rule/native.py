@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
 from functools import partial
@@ -20,35 +19,32 @@ CHUNK = 32
 WIDEST = 256
 
 _INPUTS = ("q", "k", "v", "beta", "state")
-_OUTPUTS = ("out", "last", "errors", "states")
 _GRADIENTS = ("d_out", "d_last", "d_q", "d_k", "d_v", "d_beta", "d_state")
 
 
-class _Call(ctypes.Structure):
-    _fields_ = (
-        *((name, c_void_p) for name in (*_INPUTS, *_OUTPUTS, *_GRADIENTS, "borders")),
-        *((name, c_int64) for name in ("documents", "heads", "keys", "values")),
-        ("scale", c_float),
+class Call(native.Call):
+    """The struct of the same name in ``native.cpp``."""
+
+    _fields_ = native.fields(
+        (c_void_p, "q k v beta state out last errors states"),
+        (c_void_p, "d_out d_last d_q d_k d_v d_beta d_state borders"),
+        (c_int64, "documents heads keys values"),
+        (c_float, "scale"),
     )
 
 
 def suits(*tensors: Tensor) -> bool:
     """Whether the kernels take q, k, v, beta and state; gradients are no matter, :class:`Compiled` makes them."""
     q, _, v = tensors[:3]
-    return max(q.shape[-1], v.shape[-1]) <= WIDEST and native.usable(*(t.detach() for t in tensors))
+    return max(q.shape[-1], v.shape[-1]) <= WIDEST and native.reachable(*tensors)
 
 
-def _call(
-    tensors: dict[str, Tensor], sizes: tuple[int, ...], borders: Sequence[int], scale: float, backward: bool
-) -> None:
+def _run(entry: str, tensors: dict[str, Tensor], sizes: tuple[int, ...], borders: Sequence[int], scale: float) -> None:
     """Run one pass over ``tensors``, contiguous, by their names in the kernel's call."""
-    held = (c_int64 * len(borders))(*borders)
-    call = _Call(borders=ctypes.addressof(held), scale=scale)
-    call.documents, (call.heads, call.keys, call.values) = len(borders) - 1, sizes
-    for name, tensor in tensors.items():
-        setattr(call, name, tensor.data_ptr())
-    run = native.library().fw_delta_rule_backward if backward else native.library().fw_delta_rule
-    run(ctypes.byref(call), torch.get_num_threads())
+    heads, keys, values = sizes
+    call = Call(documents=len(borders) - 1, heads=heads, keys=keys, values=values, scale=scale)
+    call.give(borders=borders, **tensors)
+    call.run(entry)
 
 
 def _borders(q: Tensor, borders: Sequence[int] | None) -> Sequence[int]:
@@ -72,7 +68,7 @@ class Compiled(torch.autograd.Function):
             made["errors"] = torch.empty_like(out)
             # Chunks of a document start anew, so document d has its own from place start / CHUNK + d on.
             made["states"] = q.new_empty(q.shape[0] * q.shape[1] // CHUNK + len(places), *sizes)
-        _call(made, sizes, places, scale, backward=False)
+        _run("fw_delta_rule", made, sizes, places, scale)
         kept = (made["errors"], made["states"]) if "errors" in made else ()
         ctx.save_for_backward(q, k, v, beta, state, *kept)
         ctx.scale, ctx.borders = scale, borders
@@ -88,7 +84,7 @@ class Compiled(torch.autograd.Function):
         made = dict(zip((*_INPUTS, "errors", "states"), (*whole, errors, states)))
         made |= dict(zip(_GRADIENTS, (d_out.contiguous(), d_last.contiguous(), *grads)))
         q, v = inputs[0], inputs[2]
-        _call(made, (*q.shape[2:], v.shape[-1]), _borders(q, ctx.borders), ctx.scale, backward=True)
+        _run("fw_delta_rule_backward", made, (*q.shape[2:], v.shape[-1]), _borders(q, ctx.borders), ctx.scale)
         return *grads, None, None
 
 

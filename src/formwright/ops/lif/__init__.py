@@ -64,9 +64,7 @@ def check(tau: float, threshold: float) -> None:
 
 def _form(current: Tensor, start: Tensor | None) -> Any:
     """The module whose ``forward`` and ``backward`` run here, or None."""
-    given = [current] if start is None else [current, start]
-    with torch.no_grad():  # the derivative is written by hand, so a gradient that is wanted is no hindrance
-        return native if native.usable(*given) else None
+    return native if native.reachable(current, start) else None
 
 
 class Neurons(torch.autograd.Function):

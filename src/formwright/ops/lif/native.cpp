@@ -1,8 +1,7 @@
 // Leaky integrate-and-fire neurons over time, forwards and backwards, in float32.
 //
 // Neurons lie side by side in memory and steps behind one another, so the inner loop runs over neurons, whose voltages
-// stay in the first-level cache. It is written once without intrinsics and compiled for each instruction set. Work is
-// split into rows times blocks of neurons.
+// stay in the first-level cache. Work is split into rows times blocks of neurons.
 #include "../native/common.hpp"
 
 namespace {
@@ -19,101 +18,10 @@ struct Call {
 constexpr int64_t BLOCK = 256;
 constexpr float SLOPE = 4.0f;
 
-// e^x for -87 <= x <= 0, relative error below 3e-7.
-FW_INLINE float exponential(float x) {
-  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it leaves a whole number in the low bits
-  const float n = (x * 1.44269504f + shift) - shift;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.3888889e-3f;
-  p = p * r + 8.3333333e-3f;
-  p = p * r + 4.1666668e-2f;
-  p = p * r + 1.6666667e-1f;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return p * power;
-}
-
-FW_INLINE int64_t steps_of(const Call& call, int64_t row) {
-  return call.lengths == nullptr ? call.steps : call.lengths[row];
-}
-
-FW_INLINE void forwards(const Call& call, int64_t row, int64_t first, int64_t count) {
-  const int64_t steps = steps_of(call, row), base = row * call.steps * call.channels + first;
-  const float rate = call.rate, threshold = call.threshold;
-  alignas(64) float voltage[BLOCK];
-  std::memcpy(voltage, call.start + row * call.channels + first, count * sizeof(float));
-  for (int64_t t = 0; t < call.steps; ++t) {
-    const int64_t at = base + t * call.channels;
-    float* spikes = call.spikes + at;
-    float* charged = call.charged == nullptr ? nullptr : call.charged + at;
-    if (t >= steps) {
-      std::memset(spikes, 0, count * sizeof(float));
-      if (charged != nullptr) std::memset(charged, 0, count * sizeof(float));
-      continue;
-    }
-    const float* current = call.current + at;
-    if (charged != nullptr)
-      for (int64_t c = 0; c < count; ++c) charged[c] = voltage[c] + (current[c] - voltage[c]) * rate;
-    for (int64_t c = 0; c < count; ++c) {
-      const float reached = voltage[c] + (current[c] - voltage[c]) * rate;
-      spikes[c] = reached >= threshold ? 1.0f : 0.0f;
-      voltage[c] = reached >= threshold ? 0.0f : reached;
-    }
-  }
-  std::memcpy(call.last + row * call.channels + first, voltage, count * sizeof(float));
-}
-
-FW_INLINE void backwards(const Call& call, int64_t row, int64_t first, int64_t count) {
-  const int64_t steps = steps_of(call, row), base = row * call.steps * call.channels + first;
-  const float rate = call.rate, threshold = call.threshold;
-  alignas(64) float grad[BLOCK];
-  std::memcpy(grad, call.last + row * call.channels + first, count * sizeof(float));
-  for (int64_t t = call.steps - 1; t >= 0; --t) {
-    const int64_t at = base + t * call.channels;
-    float* written = call.current + at;
-    if (t >= steps) {
-      std::memset(written, 0, count * sizeof(float));
-      continue;
-    }
-    const float *charged = call.charged + at, *spikes = call.spikes + at;
-    for (int64_t c = 0; c < count; ++c) {
-      const float distance = -SLOPE * std::fabs(charged[c] - threshold);
-      const float e = exponential(distance < -87.0f ? -87.0f : distance);
-      const float surrogate = SLOPE * e / ((1.0f + e) * (1.0f + e));
-      const float total = (charged[c] >= threshold ? 0.0f : grad[c]) + spikes[c] * surrogate;
-      written[c] = total * rate;
-      grad[c] = total - total * rate;
-    }
-  }
-  std::memcpy(call.start + row * call.channels + first, grad, count * sizeof(float));
-}
-
-#ifdef FW_X86
-FW_PUSH(FW_AVX512)
-void forwards512(const Call& call, int64_t row, int64_t first, int64_t count) { forwards(call, row, first, count); }
-void backwards512(const Call& call, int64_t row, int64_t first, int64_t count) { backwards(call, row, first, count); }
-FW_END
-FW_PUSH(FW_AVX2)
-void forwards256(const Call& call, int64_t row, int64_t first, int64_t count) { forwards(call, row, first, count); }
-void backwards256(const Call& call, int64_t row, int64_t first, int64_t count) { backwards(call, row, first, count); }
-FW_END
-#endif
-void forwards0(const Call& call, int64_t row, int64_t first, int64_t count) { forwards(call, row, first, count); }
-void backwards0(const Call& call, int64_t row, int64_t first, int64_t count) { backwards(call, row, first, count); }
+#define FW_KERNEL "../lif/kernel.hpp"
+#include "../native/levels.hpp"
 
 using Kernel = void (*)(const Call& call, int64_t row, int64_t first, int64_t count);
-
-#ifdef FW_X86
-constexpr Kernel FORWARDS[] = {forwards0, forwards256, forwards512};
-constexpr Kernel BACKWARDS[] = {backwards0, backwards256, backwards512};
-#else
-constexpr Kernel FORWARDS[] = {forwards0};
-constexpr Kernel BACKWARDS[] = {backwards0};
-#endif
 
 void run(const Call& call, Kernel kernel, int threads) {
   const int64_t blocks = (call.channels + BLOCK - 1) / BLOCK;
@@ -129,7 +37,7 @@ void run(const Call& call, Kernel kernel, int threads) {
 }  // namespace
 
 // current (rows, steps, channels), start (rows, channels) -> spikes, last and, unless null, charged.
-FW_API void fw_lif(const Call* call, int threads) { run(*call, FORWARDS[fw::level()], threads); }
+FW_API void fw_lif(const Call* call, int threads) { run(*call, FW_AT_LEVEL(forwards), threads); }
 
 // charged and the gradients of spikes and last -> those of current and start.
-FW_API void fw_lif_backward(const Call* call, int threads) { run(*call, BACKWARDS[fw::level()], threads); }
+FW_API void fw_lif_backward(const Call* call, int threads) { run(*call, FW_AT_LEVEL(backwards), threads); }

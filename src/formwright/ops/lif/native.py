@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from ctypes import c_float, c_int64, c_void_p
 
 import torch
@@ -10,16 +9,16 @@ from torch import Tensor
 
 from formwright.ops import native
 
-usable = native.usable
+reachable = native.reachable
 
 
-class Call(ctypes.Structure):
-    """The same struct as in ``native.cpp``."""
+class Call(native.Call):
+    """The struct of the same name in ``native.cpp``."""
 
-    _fields_ = (
-        *((name, c_void_p) for name in ("lengths", "current", "start", "charged", "spikes", "last")),
-        *((name, c_int64) for name in ("rows", "steps", "channels")),
-        *((name, c_float) for name in ("rate", "threshold")),
+    _fields_ = native.fields(
+        (c_void_p, "lengths current start charged spikes last"),
+        (c_int64, "rows steps channels"),
+        (c_float, "rate threshold"),
     )
 
 
@@ -29,7 +28,8 @@ def forward(
     """-> spikes, the last voltages, and with ``keep`` the voltages (B, L, C) before any reset."""
     spikes, last = torch.empty(current.shape), torch.empty(start.shape)
     charged = torch.empty(current.shape) if keep else None
-    _run("fw_lif", current, start, lengths, charged, spikes, last, tau, threshold)
+    tensors = {"current": current, "start": start, "charged": charged, "spikes": spikes, "last": last}
+    _run("fw_lif", lengths, tau, threshold, **tensors)
     return spikes, last, charged
 
 
@@ -38,22 +38,13 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """-> the gradients of the currents and of the voltages at the start."""
     grad, grad_start = torch.empty(charged.shape), torch.empty(grad_last.shape)
-    _run("fw_lif_backward", grad, grad_start, lengths, charged, grad_spikes, grad_last, tau, threshold)
+    tensors = {"current": grad, "start": grad_start, "charged": charged, "spikes": grad_spikes, "last": grad_last}
+    _run("fw_lif_backward", lengths, tau, threshold, **tensors)
     return grad, grad_start
 
 
-def _run(
-    entry: str,
-    current: Tensor,
-    start: Tensor,
-    lengths: Tensor | None,
-    charged: Tensor | None,
-    spikes: Tensor,
-    last: Tensor,
-    tau: float,
-    threshold: float,
-) -> None:
-    sizes = None if lengths is None else lengths.to("cpu", torch.int64)
-    held = [None if t is None else t.contiguous() for t in (sizes, current, start, charged, spikes, last)]
-    call = Call(*(None if t is None else t.data_ptr() for t in held), *spikes.shape, 1 / tau, threshold)
-    getattr(native.library(), entry)(ctypes.byref(call), torch.get_num_threads())
+def _run(entry: str, lengths: Tensor | None, tau: float, threshold: float, **tensors: Tensor | None) -> None:
+    rows, steps, channels = tensors["spikes"].shape  # type: ignore[union-attr]
+    call = Call(rows=rows, steps=steps, channels=channels, rate=1 / tau, threshold=threshold)
+    call.give(lengths=None if lengths is None else lengths.to("cpu", torch.int64), **tensors)
+    call.run(entry)

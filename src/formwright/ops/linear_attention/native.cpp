@@ -170,16 +170,8 @@ FW_END
 
 // `state` holds what each document starts from, and then what it ends with.
 FW_API void fw_causal_product(const Call* call, int threads) {
+  const auto run = FW_PICK(head_plain, head512);
   fw::parallel(call->documents * call->heads, 1, threads, [&](int64_t first, int64_t last) {
-    for (int64_t at = first; at < last; ++at) {
-      const Head head = head_of(*call, at / call->heads, at % call->heads);
-#ifdef FW_X86
-      if (fw::level() == fw::VNNI) {
-        head512(*call, head);
-        continue;
-      }
-#endif
-      head_plain(*call, head);
-    }
+    for (int64_t at = first; at < last; ++at) run(*call, head_of(*call, at / call->heads, at % call->heads));
   });
 }

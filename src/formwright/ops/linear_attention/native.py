@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from ctypes import c_int, c_int64, c_void_p
 
@@ -12,12 +11,13 @@ from torch import Tensor
 from formwright.ops import native
 
 
-class Call(ctypes.Structure):
-    _fields_ = (
-        *((name, c_void_p) for name in ("a", "b", "c", "out", "state", "offsets")),
-        *((name, c_int64) for name in ("a_token", "a_head", "b_token", "b_head", "c_token", "c_head")),
-        *((name, c_int64) for name in ("documents", "heads", "inner", "outer")),
-        ("reverse", c_int),
+class Call(native.Call):
+    """The struct of the same name in ``native.cpp``."""
+
+    _fields_ = native.fields(
+        (c_void_p, "a b c out state offsets"),
+        (c_int64, "a_token a_head b_token b_head c_token c_head documents heads inner outer"),
+        (c_int, "reverse"),
     )
 
 
@@ -36,13 +36,12 @@ def causal_product_native(
     state = state.zero_() if start is None else state.copy_(start)
     a, b, c = (_flat(t) for t in (a, b, c))
     call = Call(
-        a.data_ptr(), b.data_ptr(), c.data_ptr(), out.data_ptr(), state.data_ptr(), None,
-        a.stride(1), a.stride(2), b.stride(1), b.stride(2), c.stride(1), c.stride(2),
-        documents, heads, inner, outer, reverse,
+        a=a.data_ptr(), b=b.data_ptr(), c=c.data_ptr(), a_token=a.stride(1), a_head=a.stride(2),
+        b_token=b.stride(1), b_head=b.stride(2), c_token=c.stride(1), c_head=c.stride(2),
+        documents=documents, heads=heads, inner=inner, outer=outer, reverse=reverse,
     )  # fmt: skip
-    offsets = (c_int64 * (documents + 1))(*borders)
-    call.offsets = ctypes.addressof(offsets)
-    native.library().fw_causal_product(ctypes.byref(call), torch.get_num_threads())
+    call.give(out=out, state=state, offsets=borders)
+    call.run("fw_causal_product")
     return out, state
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from formwright.ops.gpu import on_gpu
+from formwright.ops import gpu
 from formwright.ops.linear_attention.native import causal_product_native
 
 #: Tokens of a chunk in the PyTorch form.
@@ -50,7 +50,7 @@ def _forward(
     a: Tensor, b: Tensor, c: Tensor, start: Tensor | None, borders: Sequence[int] | None, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """The fastest form for these tensors, without gradients."""
-    if on_gpu(a) and a.dtype == torch.float32 and a.shape[-1] <= 256:
+    if gpu.reachable(a, b, c, start) and a.dtype == torch.float32 and a.shape[-1] <= 256:
         from formwright.ops.linear_attention.triton import causal_product_triton
 
         return causal_product_triton(a, b, c, start, borders, reverse)

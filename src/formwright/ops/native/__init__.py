@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from formwright.ops.rows import even
+
 #: Instruction sets, in the library's numbers.
 LEVELS = ("portable", "avx2", "avx512-vnni")
 #: Types whose memory is what it seems; a subclass may hold anything.
@@ -27,6 +29,11 @@ class Tokens(ctypes.Structure):
     """A tensor whose rows of channels are ``stride`` values apart, as a struct of the library."""
 
     _fields_ = (("data", ctypes.c_void_p), ("stride", ctypes.c_int64))
+
+
+def fields(*groups: tuple[Any, str]) -> tuple[tuple[str, Any], ...]:
+    """``(type, "names of fields")``, in the library's order -> what a struct is declared with."""
+    return tuple((name, kind) for kind, names in groups for name in names.split())
 
 
 class Call(ctypes.Structure):
@@ -113,23 +120,29 @@ def why() -> str:
     return f"{name}, {threads}" + ("" if name == LEVELS[-1] else "; AVX-512 VNNI would be several times faster")
 
 
+def watched() -> bool:
+    """Whether somebody traces, transforms or counts operations, and would not see a kernel run."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return bool(torch._C._len_torch_dispatch_stack()) or torch.jit.is_tracing()
+
+
 def usable(*tensors: Tensor) -> bool:
-    """Whether plain pointers may be handed over: float32 on the CPU, no gradient wanted, nobody tracing or counting."""
-    if library() is None or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    """Whether plain pointers may be handed over: float32 on the CPU, no gradient wanted, nobody watching."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return False
-    if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
+    return reachable(*tensors)
+
+
+def reachable(*tensors: Tensor | None) -> bool:
+    """The same for a kernel that has a backward pass of its own: a wanted gradient is no hindrance. None is passed
+    over."""
+    if library() is None or watched():
         return False
-    grads = torch.is_grad_enabled()
     for t in tensors:
-        if type(t) not in PLAIN or t.dtype != torch.float32 or not t.is_cpu or (grads and t.requires_grad):
+        if t is not None and (type(t) not in PLAIN or t.dtype != torch.float32 or not t.is_cpu):
             return False
     return True
-
-
-def even(t: Tensor) -> Tensor:
-    """(B, L, F) whose last axis is contiguous and whose tokens lie at one distance, across rows too."""
-    even = t.shape[0] <= 1 or t.stride(0) == t.shape[1] * t.stride(1)
-    return t if even and (t.stride(2) == 1 or t.shape[2] <= 1) else t.contiguous()
 
 
 def differentiated(general: Any, tensors: list, wanted: Any, grads: tuple) -> list[Tensor | None]:

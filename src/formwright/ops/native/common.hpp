@@ -32,6 +32,13 @@
 #define FW_END FW_DO(GCC pop_options)
 #endif
 
+// The one of two functions that suits the instruction set in use: where an op has its own for AVX-512 and one for all.
+#ifdef FW_X86
+#define FW_PICK(plain, wide) (fw::level() == fw::VNNI ? (wide) : (plain))
+#else
+#define FW_PICK(plain, wide) (plain)
+#endif
+
 namespace fw {
 
 enum Level { PORTABLE = 0, TWO = 1, VNNI = 2 };  // AVX2; AVX-512 with VNNI

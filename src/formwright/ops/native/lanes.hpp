@@ -1,6 +1,6 @@
 // Sixteen floats at once, for kernels that are written once and compiled for every instruction set.
 //
-// Include inside a namespace of its own, for AVX-512 with FW_WIDE defined and between FW_PUSH(FW_AVX512) and FW_END.
+// Included by levels.hpp inside a namespace of its own, for AVX-512 with FW_WIDE defined and between FW_PUSH(FW_AVX512) and FW_END.
 // Sums, products and comparisons are the operators of the compiler's vector type.
 //
 // exp2: 2^x = 2^floor(x) p(x - floor(x)) with a polynomial of degree 6, exact at both ends, relative error below 2e-7.
@@ -139,4 +139,10 @@ static FW_INLINE Softplus softplus(Lanes x) {
   p = fma(p, q, all(0.666664105f));
   p = fma(p, q, all(2.0f));
   return {fma(p, s, x < 0.0f ? Lanes{} : x), (x < 0.0f ? u : all(1.0f)) / (1.0f + u)};
+}
+
+// Of the 16 channels from `channel` on, how many there are.
+template <typename Call>
+static FW_INLINE int64_t lanes_of(const Call& call, int64_t channel) {
+  return call.channels - channel < WIDTH ? call.channels - channel : WIDTH;
 }

@@ -4,8 +4,8 @@
     y_t = (sum_n C_t[n] h_t[n] + D x_t) SiLU(z_t)         Delta = softplus(delta)
 
 Gu and Dao, "Mamba", 2023 (2312.00752). ``reference`` is the definition, ``two_level`` the general form, ``native`` a
-compiled one that keeps states only between chunks. Cost: about 9
-operations per token, channel and state; linear in length, and the state of a stream does not grow.
+compiled one that keeps states only between chunks, ``triton`` the same on a GPU. Cost: about 9 operations per token,
+channel and state; linear in length, and the state of a stream does not grow.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from formwright.kit.errors import SpecError, all_of
-from formwright.ops.rows import Rows, check_rows, repack, row_count, unpack
-from formwright.ops.selective_scan.native import NativeScan, Tensors, native_scan, usable
+from formwright.ops.gpu import on_gpu
+from formwright.ops.passes import run
+from formwright.ops.rows import check_rows, repack, row_count, unpack
+from formwright.ops.selective_scan.native import Tensors
 from formwright.ops.selective_scan.reference import selective_scan_reference
 from formwright.ops.selective_scan.two_level import two_level_scan
 from formwright.registry import Paper, register
@@ -57,23 +59,20 @@ def selective_scan(
     exact = torch.promote_types(x.dtype, torch.float32)
     if initial is None:
         initial = x.new_zeros(row_count(x, offsets), *A.shape, dtype=exact)
-    given = Tensors(x, delta, A, B, C, D, z, initial)
-    tensors = given._replace(**{name: t.to(exact) for name, t in given._asdict().items() if t is not None})
-    y, final = _fastest(tensors, lengths, offsets, softplus)
+    tensors = Tensors(x, delta, A, B, C, D, z, initial.to(exact))
+
+    def general(*given: Any) -> tuple[Tensor, Tensor]:
+        y, final = _general(_as(exact, Tensors(*given)), lengths, offsets, softplus)
+        return y.to(given[0].dtype), final
+
+    if not on_gpu(x):  # where kernels read half precision as it is
+        tensors = _as(exact, tensors)
+    y, final = run("selective_scan", general, tensors, lengths, offsets, softplus)
     return y.to(x.dtype), final
 
 
-def _fastest(tensors: Tensors, lengths: Tensor | None, offsets: Tensor | None, softplus: bool) -> tuple[Tensor, Tensor]:
-    def general(*tensors: Any) -> tuple[Tensor, Tensor]:
-        return _general(Tensors(*tensors), lengths, offsets, softplus)
-
-    if not usable(*tensors):
-        return general(*tensors)
-    rows = Rows.of(tensors.x, lengths, offsets)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return NativeScan.apply(rows, softplus, general, *tensors)
-    y, final, _ = native_scan(tensors, rows, softplus)
-    return y, final
+def _as(dtype: torch.dtype, tensors: Tensors) -> Tensors:
+    return Tensors(*(t if t is None else t.to(dtype) for t in tensors))  # type: ignore[arg-type]
 
 
 def _general(tensors: Tensors, lengths: Tensor | None, offsets: Tensor | None, softplus: bool) -> tuple[Tensor, Tensor]:

@@ -10,10 +10,6 @@ struct Steps {
   Lanes step[CHUNK], input[CHUNK];  // Delta and Delta x
 };
 
-static FW_INLINE int64_t lanes_of(const Call& call, int64_t channel) {
-  return call.channels - channel < WIDTH ? call.channels - channel : WIDTH;
-}
-
 // (E, N) -> a register per state, for the channels from `channel` on.
 static FW_INLINE void gather(const Call& call, const float* from, int64_t channel, float factor, Lanes* to) {
   const int64_t count = lanes_of(call, channel);

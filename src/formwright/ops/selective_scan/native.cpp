@@ -26,27 +26,8 @@ struct Call {
   }
 };
 
-namespace portable {
-#include "../native/lanes.hpp"
-#include "kernel.hpp"
-}  // namespace portable
-
-#ifdef FW_X86
-FW_PUSH(FW_AVX2)
-namespace two {
-#include "../native/lanes.hpp"
-#include "kernel.hpp"
-}  // namespace two
-FW_END
-FW_PUSH(FW_AVX512)
-#define FW_WIDE
-namespace wide {
-#include "../native/lanes.hpp"
-#include "kernel.hpp"
-}  // namespace wide
-#undef FW_WIDE
-FW_END
-#endif
+#define FW_KERNEL "../selective_scan/kernel.hpp"
+#include "../native/levels.hpp"
 
 // run(row, slice, first group, last group) for every row and slice of channels.
 template <typename Run>
@@ -66,21 +47,13 @@ void each(const Call& call, int threads, const Run& run) {
 FW_API int64_t fw_selective_scan_chunk() { return portable::CHUNK; }
 
 FW_API void fw_selective_scan(const Call* call, int threads) {
-  each(*call, threads, [&](int64_t row, int64_t, int64_t first, int64_t last) {
-#ifdef FW_X86
-    if (fw::level() == fw::VNNI) return wide::forward_row(*call, row, first, last);
-    if (fw::level() == fw::TWO) return two::forward_row(*call, row, first, last);
-#endif
-    portable::forward_row(*call, row, first, last);
-  });
+  const auto run = FW_AT_LEVEL(forward_row);
+  each(*call, threads,
+       [&](int64_t row, int64_t, int64_t first, int64_t last) { run(*call, row, first, last); });
 }
 
 FW_API void fw_selective_scan_backward(const Call* call, int threads) {
-  each(*call, threads, [&](int64_t row, int64_t slice, int64_t first, int64_t last) {
-#ifdef FW_X86
-    if (fw::level() == fw::VNNI) return wide::backward_row(*call, row, slice, first, last);
-    if (fw::level() == fw::TWO) return two::backward_row(*call, row, slice, first, last);
-#endif
-    portable::backward_row(*call, row, slice, first, last);
-  });
+  const auto run = FW_AT_LEVEL(backward_row);
+  each(*call, threads,
+       [&](int64_t row, int64_t slice, int64_t first, int64_t last) { run(*call, row, slice, first, last); });
 }

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from formwright.ops.gpu import on_gpu
+from formwright.ops import gpu
 from formwright.ops.window_attention import native
 from formwright.ops.window_attention.blocked import window_attention_blocked
 from formwright.ops.window_attention.reference import window_attention_reference, window_probs
@@ -70,13 +70,8 @@ def window_attention(
 
 
 def _on_gpu(q: Tensor, k: Tensor, v: Tensor, seen: Spans) -> bool:
-    """Whether the kernels for a GPU take these: no double precision, something to do, nobody tracing or counting."""
-    if not on_gpu(q):
-        return False
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
-    single = all(t.dtype == q.dtype != torch.float64 for t in (q, k, v))
-    filled = min(*q.shape, *k.shape, seen.low.shape[-1]) > 0
-    return single and filled and not traced and not torch._C._len_torch_dispatch_stack()
+    """Whether the kernels for a GPU take these: of one type, with something to see."""
+    return gpu.reachable(q, k, v) and q.dtype == k.dtype == v.dtype and seen.low.shape[-1] > 0
 
 
 def merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -206,12 +206,10 @@ static void transpose512(const float* from, int64_t from_row, int64_t rows, int6
 FW_END
 #endif
 
-Arithmetic arithmetic() {
+constexpr Arithmetic PLAIN{product_plain, soften_plain, unsoften_plain, transpose_plain};
 #ifdef FW_X86
-  if (fw::level() == fw::VNNI) return {product512, soften512, unsoften512, transpose512};
+constexpr Arithmetic WIDE{product512, soften512, unsoften512, transpose512};
 #endif
-  return {product_plain, soften_plain, unsoften_plain, transpose_plain};
-}
 
 // The smallest range that holds run m of the queries first .. last; empty where none has one.
 struct Range {
@@ -330,7 +328,7 @@ void backward(const Call& call, const Arithmetic& use, int64_t b, int64_t h, int
 
 // y and logs of q, k and v.
 FW_API void fw_window_attention(const Call* call, int threads) {
-  const Arithmetic use = arithmetic();
+  const Arithmetic use = FW_PICK(PLAIN, WIDE);
   fw::parallel(call->batch * call->heads * call->count, 4, threads, [&](int64_t first, int64_t last) {
     for (int64_t at = first; at < last; ++at) {
       const int64_t tile = at % call->count, rest = at / call->count;
@@ -341,7 +339,7 @@ FW_API void fw_window_attention(const Call* call, int threads) {
 
 // dq, dk and dv, which start at zero. Heads that share keys are one piece of work, so that no sum is shared.
 FW_API void fw_window_attention_backward(const Call* call, int threads) {
-  const Arithmetic use = arithmetic();
+  const Arithmetic use = FW_PICK(PLAIN, WIDE);
   fw::parallel(call->batch * call->groups, 1, threads, [&](int64_t first, int64_t last) {
     const int64_t each = call->heads / call->groups;
     for (int64_t at = first; at < last; ++at)

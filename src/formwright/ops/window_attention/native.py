@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 from ctypes import c_float, c_int64, c_void_p
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,34 +14,32 @@ from formwright.ops.window_attention.spans import Spans, tiles
 TILE = 48
 
 
-class Call(ctypes.Structure):
-    _fields_ = (
-        *((name, c_void_p) for name in ("q", "k", "v", "hidden", "y", "logs", "dy", "delta", "dq", "dk", "dv")),
-        *((name, c_void_p) for name in ("low", "high", "tiles")),
-        *((name, c_int64) for name in ("batch", "length", "total", "heads", "groups", "width")),
-        *((name, c_int64) for name in ("runs", "patterns", "count")),
-        ("scale", c_float),
+class Call(native.Call):
+    """The struct of the same name in ``native.cpp``."""
+
+    _fields_ = native.fields(
+        (c_void_p, "q k v hidden y logs dy delta dq dk dv low high tiles"),
+        (c_int64, "batch length total heads groups width runs patterns count"),
+        (c_float, "scale"),
     )
 
 
 def usable(q: Tensor, k: Tensor, v: Tensor, seen: Spans) -> bool:
     """Whether the kernel takes these, whatever gradients are wanted: its backward is its own."""
-    with torch.no_grad():
-        return native.usable(q, k, v) and min(*q.shape, *k.shape) > 0 and seen.low.shape[-1] > 0
+    return native.reachable(q, k, v) and min(*q.shape, *k.shape) > 0 and seen.low.shape[-1] > 0
 
 
-def _call(q: Tensor, k: Tensor, seen: Spans, scale: float, **tensors: Tensor | None) -> tuple[Call, Any]:
-    """What the kernel is told, and what must outlive it."""
+def _run(
+    entry: str, q: Tensor, k: Tensor, seen: Spans, scale: float, valid: Tensor | None, **tensors: Tensor | None
+) -> None:
     borders = tiles(seen, TILE)
     call = Call(
         low=seen.low.ctypes.data, high=seen.high.ctypes.data, tiles=borders.ctypes.data,
         batch=q.shape[0], length=q.shape[1], total=k.shape[1], heads=q.shape[2], groups=k.shape[2], width=q.shape[3],
         runs=seen.low.shape[-1], patterns=seen.patterns, count=len(borders) - 1, scale=scale,
     )  # fmt: skip
-    held = {name: t.contiguous() for name, t in dict(tensors, q=q, k=k).items() if t is not None}
-    for name, tensor in held.items():
-        setattr(call, name, tensor.data_ptr())
-    return call, held
+    call.give(q=q, k=k, hidden=hidden(valid), **tensors)
+    call.run(entry)
 
 
 def hidden(valid: Tensor | None) -> Tensor | None:
@@ -53,9 +49,7 @@ def hidden(valid: Tensor | None) -> Tensor | None:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, seen: Spans, scale: float, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     out, logs = torch.empty(q.shape), torch.empty(q.shape[:3])
-    call, held = _call(q, k, seen, scale, v=v, hidden=hidden(valid), y=out, logs=logs)
-    native.library().fw_window_attention(ctypes.byref(call), torch.get_num_threads())
-    del held
+    _run("fw_window_attention", q, k, seen, scale, valid, v=v, y=out, logs=logs)
     return out, logs
 
 
@@ -72,7 +66,6 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``delta`` (B, L, H): sum of the output times its gradient, less the gradient of the log sums."""
     dq, dk, dv = torch.zeros(q.shape), torch.zeros(k.shape), torch.zeros(v.shape)
-    call, held = _call(q, k, seen, scale, v=v, hidden=hidden(valid), logs=logs, dy=dy, delta=delta, dq=dq, dk=dk, dv=dv)
-    native.library().fw_window_attention_backward(ctypes.byref(call), torch.get_num_threads())
-    del held
+    made = {"dq": dq, "dk": dk, "dv": dv}
+    _run("fw_window_attention_backward", q, k, seen, scale, valid, v=v, logs=logs, dy=dy, delta=delta, **made)
     return dq, dk, dv
