@@ -58,7 +58,8 @@ template <int V>
 static FW_INLINE void panel(float* c, int64_t c_row, Left a, const float* b, int64_t b_row, int64_t rows,
                             int64_t column, int64_t inner, float sign, bool add, Reach reach) {
   for (int64_t r = reach == LOWER ? column / ROWS * ROWS : 0; r < rows; r += ROWS) {
-    const int64_t first = reach == FROM_UPPER ? r : 0, last = reach == FROM_LOWER && r + ROWS < inner ? r + ROWS : inner;
+    const int64_t first = reach == FROM_UPPER ? r : 0;
+    const int64_t last = reach == FROM_LOWER && r + ROWS < inner ? r + ROWS : inner;
     tile<V>(c + r * c_row + column, c_row, {a.at + r * a.row, a.row, a.column}, b + column, b_row, first, last, sign,
             add);
   }

@@ -61,11 +61,12 @@ struct Head {
            call.size, 1, to, wide, deep);
   }
   void store_state(const float* from, float* states) const {
-    scatter(from, deep, call.width, call.size, 1, states + (row * call.heads + head) * call.width * call.size, call.size);
+    float* to = states + (row * call.heads + head) * call.width * call.size;
+    scatter(from, deep, call.width, call.size, 1, to, call.size);
   }
   void read(const fw::Tokens& from, int64_t chunk, float* to) const {
-    const int64_t tokens = call.tokens(chunk);
-    gather(from.at(first(chunk)) + head * call.width, from.stride, tokens, call.width, 1, to, whole(tokens, ROWS), wide);
+    const int64_t tokens = call.tokens(chunk), padded = whole(tokens, ROWS);
+    gather(from.at(first(chunk)) + head * call.width, from.stride, tokens, call.width, 1, to, padded, wide);
   }
 };
 
@@ -124,14 +125,8 @@ static void step(const Call& call, int64_t row, int64_t head) {
       store(call.final + at + n, now, count);
       sum = fma(now, load(C + n, count), sum);
     }
-    call.y[(row * call.heads + head) * call.width + p] = total(sum) + (call.D == nullptr ? 0.0f : call.D[head] * x[p]);
+    call.y[own / size + p] = total(sum) + (call.D == nullptr ? 0.0f : call.D[head] * x[p]);
   }
-}
-
-// y += factor x, for rows of the padded y and the tensor x.
-static void add_rows(float* y, int64_t wide, float factor, const float* x, int64_t stride, int64_t rows, int64_t width) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t p = 0; p < width; ++p) y[i * wide + p] += factor * x[i * stride + p];
 }
 
 static void forward(const Call& call, int64_t row, int64_t which) {
@@ -155,8 +150,10 @@ static void forward(const Call& call, int64_t row, int64_t which) {
     product(y, wide, {block.c, deep, 1}, state, wide, rows, wide, deep, 1, false, ALL);
     scale_rows(y, wide, decays.into, rows);
     product(y, wide, {weights, CHUNK, 1}, x, wide, rows, wide, rows, 1, true, FROM_LOWER);
-    if (call.D != nullptr)
-      add_rows(y, wide, call.D[which], call.x.at(at.first(chunk)) + which * call.width, call.x.stride, tokens, call.width);
+    for (int64_t i = 0; i < tokens && call.D != nullptr; ++i) {
+      const float* given = call.x.at(at.first(chunk) + i) + which * call.width;
+      for (int64_t p = 0; p < call.width; ++p) y[i * wide + p] += call.D[which] * given[p];
+    }
     scatter(y, wide, tokens, call.width, 1, at.rows_of(call.y, chunk), at.stride());
     scale_rows(x, wide, decays.out, rows);
     scale(state, all_of, decays.through);

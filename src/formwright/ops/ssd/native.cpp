@@ -16,13 +16,14 @@ namespace {
 constexpr int64_t CHUNK = 64;
 
 struct Call {
-  fw::Tokens x, dt, B, C, dy;                // (rows length, heads width), (heads), (groups size) twice, like x
-  const float *A, *D, *start, *dfinal;       // (heads), (heads) or null, (rows, heads, width, size) or null, alike
-  const uint8_t* resets;                     // (rows length) or null
-  float *y, *final;                          // (rows length, heads, width), (rows, heads, width, size)
-  float *blocks, *states;                    // see Block; (rows, heads, chunks, size, width), padded, or null
-  float *dblocks;                            // (slices) times the blocks
-  float *dx, *ddt, *dA, *dB, *dC, *dD, *dstart;  // dA, dD (rows, heads), the others like what they are of
+  fw::Tokens x, dt, B, C, dy;            // (rows length, heads width), (heads), (groups size) twice, like x
+  const float *A, *D, *start, *dfinal;   // (heads), (heads) or null, (rows, heads, width, size) or null, alike
+  const uint8_t* resets;                 // (rows length) or null
+  float *y, *final;                      // (rows length, heads, width), (rows, heads, width, size)
+  float *blocks, *states;                // see Block; (rows, heads, chunks, size, width), padded, or null
+  float* dblocks;                        // (slices) times the blocks
+  float *dx, *ddt, *dA, *dB, *dC, *dD;   // like what they are of, but dA and dD (rows, heads)
+  float* dstart;                         // (rows, heads, width, size)
   int64_t rows, length, heads, groups, width, size, slices;
 
   int64_t chunks() const { return (length + CHUNK - 1) / CHUNK; }
@@ -91,7 +92,7 @@ Passes passes() {
 template <typename Run>
 void each(const Call& call, int64_t first, int64_t second, int64_t grain, int threads, const Run& run) {
   fw::parallel(call.rows * first * second, grain, threads, [&](int64_t from, int64_t to) {
-    for (int64_t at = from; at < to; ++at) run(call, at / second / first, at / second % first, at % second);
+    for (int64_t at = from; at < to; ++at) run(at / second / first, at / second % first, at % second);
   });
 }
 
@@ -102,21 +103,26 @@ FW_API int64_t fw_ssd_chunk() { return CHUNK; }
 
 // x, dt, A, B, C, D, start and resets -> y and final, blocks, and states where they are wanted. Without blocks the
 // length is 1, and one step is taken.
-FW_API void fw_ssd(const Call* call, int threads) {
-  const Passes run = passes();
-  if (call->blocks != nullptr) {
-    each(*call, call->groups, call->chunks(), 1, threads, run.cut);
-    each(*call, call->heads, 1, 1, threads, [&](const Call& c, int64_t row, int64_t i, int64_t) { run.forward(c, row, i); });
+FW_API void fw_ssd(const Call* given, int threads) {
+  const Call& call = *given;
+  const Passes pass = passes();
+  if (call.blocks == nullptr) {
+    // Steps are short: a thread takes about a quarter of a megabyte of states at once.
+    const int64_t grain = 1 + (1 << 16) / (call.width * call.size);
+    each(call, call.heads, 1, grain, threads, [&](int64_t row, int64_t i, int64_t) { pass.step(call, row, i); });
     return;
   }
-  // Steps are short: a thread takes about a quarter of a megabyte of states at once.
-  const int64_t grain = 1 + (1 << 16) / (call->width * call->size);
-  each(*call, call->heads, 1, grain, threads, [&](const Call& c, int64_t row, int64_t i, int64_t) { run.step(c, row, i); });
+  each(call, call.groups, call.chunks(), 1, threads,
+       [&](int64_t row, int64_t i, int64_t j) { pass.cut(call, row, i, j); });
+  each(call, call.heads, 1, 1, threads, [&](int64_t row, int64_t i, int64_t) { pass.forward(call, row, i); });
 }
 
 // The same with blocks and states, dy and dfinal -> dx, ddt, dA, dB, dC, dD, dstart; uses dblocks.
-FW_API void fw_ssd_backward(const Call* call, int threads) {
-  const Passes run = passes();
-  each(*call, call->groups, call->slices, 1, threads, run.backward);
-  each(*call, call->groups, call->chunks(), 1, threads, run.join);
+FW_API void fw_ssd_backward(const Call* given, int threads) {
+  const Call& call = *given;
+  const Passes pass = passes();
+  each(call, call.groups, call.slices, 1, threads,
+       [&](int64_t row, int64_t i, int64_t j) { pass.backward(call, row, i, j); });
+  each(call, call.groups, call.chunks(), 1, threads,
+       [&](int64_t row, int64_t i, int64_t j) { pass.join(call, row, i, j); });
 }
