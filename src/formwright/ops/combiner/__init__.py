@@ -42,7 +42,8 @@ def combiner(
     """q, k, v (B, L, H, D), finite in the padding too -> (B, L, H, D); rows hold ``lengths`` (B,) tokens each.
 
     block: tokens of a row of the grid; default rows of 1, 2, 3 ... tokens where causal, so that both sides grow as
-    sqrt(2 L) and no token's row depends on what comes later, else of ceil(sqrt(length)); ``logsparse`` has none. features: what is pooled in place of q and k. SpecError for an unknown plan or pool.
+    sqrt(2 L) and no token's row depends on what comes later, else of ceil(sqrt(length)); ``logsparse`` has none.
+    features: what is pooled in place of q and k. SpecError for an unknown plan or pool.
     """
     if plan not in NAMES:
         raise SpecError(unknown("plan", plan, NAMES))

@@ -130,9 +130,7 @@ class Cells:
     def own_and_rows(self) -> Spans:
         """The own row up to the cell, and of R keys more those of earlier rows."""
         total = self.total
-        return _runs(
-            total + self.rows, (self.start, np.arange(total) + 1), (np.full(total, total), total + self.row)
-        )
+        return _runs(total + self.rows, (self.start, np.arange(total) + 1), (np.full(total, total), total + self.row))
 
     @functools.cached_property
     def own_and_columns(self) -> Spans:
