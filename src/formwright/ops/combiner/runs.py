@@ -231,7 +231,8 @@ def rowmajor(tokens: Tokens, grid: Cells, pool: str) -> Tensor:
     values = seen_by(asker, tokens.k, tokens.v, grid.whole_rows)[0]
     values = values.unflatten(1, (grid.rows, grid.columns)).transpose(1, 2).flatten(1, 2)
     keys = grid.pooled(tokens.offered, pool).repeat(1, grid.columns, 1, 1)
-    far = seen_by(*grid.down(tokens.q), keys, values, grid.rows_before)
+    (q,) = grid.down(tokens.q)
+    far = seen_by(q, keys, values, grid.rows_before)
     return joint(seen_by(tokens.q, tokens.k, tokens.v, grid.own), far, grid)
 
 
