@@ -68,10 +68,10 @@ class Cells:
     def square(self, x: Tensor, fill: float) -> Tensor:
         """(B, T, H, D) -> (B, R, C, H, D), ``fill`` in cells that there are not."""
         if self.even:
-            return x.unflatten(1, (self.rows, self.columns))
+            return self.unflat(x)
         r, c = np.indices((self.rows, self.columns))
         place, missing = (torch.from_numpy(t).to(x.device) for t in (r * (r + 1) // 2 + np.minimum(c, r), c > r))
-        cells = x.index_select(1, place.flatten()).unflatten(1, (self.rows, self.columns))
+        cells = self.unflat(x.index_select(1, place.flatten()))
         return cells.masked_fill(missing[:, :, None, None], fill)
 
     def flat(self, x: Tensor) -> Tensor:
@@ -81,6 +81,15 @@ class Cells:
             return cells
         return cells.index_select(1, torch.from_numpy(self.row * self.columns + self.column).to(x.device))
 
+    def unflat(self, x: Tensor) -> Tensor:
+        """(B, R C, H, D) -> (B, R, C, H, D)."""
+        return x.unflatten(1, (self.rows, self.columns))
+
+    @staticmethod
+    def by_column(x: Tensor) -> Tensor:
+        """(B, R, C, H, D) -> (B, C R, H, D)."""
+        return x.transpose(1, 2).flatten(1, 2)
+
     def pooled(self, x: Tensor, pool: str) -> Tensor:
         """(B, T, H, D) -> (B, R, H, D): every row."""
         if pool == "max":
@@ -88,17 +97,18 @@ class Cells:
         return self.square(x, 0.0).sum(2) / self._each((self.end - self.start)[self.column == 0], x)
 
     def rest(self, x: Tensor, pool: str) -> Tensor:
-        """(B, T, H, D) -> the same shape: for every cell its row without it; zeros where that is nothing."""
-        others = self._each(self.end - self.start - 1, x)
+        """(B, T, H, D) -> (B, R, C, H, D): every row without each column; zeros where that is nothing."""
+        widths = (self.end - self.start)[self.column == 0][:, None]
+        others = self._each(widths - (np.arange(self.columns) < widths), x)
         if pool == "mean":
-            total = self.square(x, 0.0).sum(2, keepdim=True).expand(-1, -1, self.columns, -1, -1)
-            return (self.flat(total) - x) / others.clamp(min=1)
+            cells = self.square(x, 0.0)
+            return (cells.sum(2, keepdim=True) - cells) / others.clamp(min=1)
         cells = self.square(x, -math.inf)
         most = cells.amax(2, keepdim=True)
         best = cells == most
         alone = best & (best.sum(2, keepdim=True) == 1)
         second = cells.masked_fill(best, -math.inf).amax(2, keepdim=True)
-        return self.flat(torch.where(alone, second, most)).masked_fill(others == 0, 0.0)
+        return torch.where(alone, second, most).masked_fill(others == 0, 0.0)
 
     def above(self, x: Tensor, pool: str) -> Tensor:
         """(B, T, H, D) -> the same shape: for every cell the cells above it; zeros where there are none."""
@@ -112,8 +122,8 @@ class Cells:
         return found / before.clamp(min=1) if pool == "mean" else found
 
     def _each(self, counts: Array, like: Tensor) -> Tensor:
-        """(N,) -> (N, 1, 1) beside ``like``."""
-        return torch.from_numpy(counts).to(like.device)[:, None, None]
+        """(...) -> (..., 1, 1) beside ``like``."""
+        return torch.from_numpy(counts).to(like.device)[..., None, None]
 
     @functools.cached_property
     def own(self) -> Spans:
@@ -137,16 +147,17 @@ class Cells:
         """The own row up to the cell, and of T keys more those of its row where there are cells above, less its own."""
         steps = np.arange(self.total)
         held = np.where(self.row == 0, self.start, self.end if self.even else self.end - 1)
-        runs = ((self.start, steps), (steps + 1, held))
+        runs = ((self.start, np.minimum(steps, held)), (steps + 1, held))
         return _runs(
             2 * self.total, (self.start, steps + 1), *((self.total + low, self.total + high) for low, high in runs)
         )
 
     @functools.cached_property
     def others(self) -> Spans:
-        """The own row without the cell."""
-        steps = np.arange(self.total)
-        return _runs(self.total, (self.start, steps), (steps + 1, self.end))
+        """For R x C queries in reading order: their row without their column."""
+        low, high = self._of_rows()
+        own = low + np.tile(np.arange(self.columns), self.rows)
+        return _runs(self.total, (low, np.minimum(own, high)), (own + 1, high))
 
     @functools.cached_property
     def before(self) -> Spans:
@@ -154,19 +165,22 @@ class Cells:
         return _runs(self.total, (self.top[self.order], np.arange(self.total)))
 
     @functools.cached_property
-    def before_twice(self) -> Spans:
-        """By column: the cells above, and of T keys more those at the same places where a row has other cells."""
-        top, steps = self.top[self.order], np.arange(self.total)
-        lone = (self.end - self.start == 1)[self.order[top]]
-        first = np.where(lone, steps if self.columns == 1 else top + 1, top)
-        return _runs(2 * self.total, (top, steps), (self.total + first, self.total + steps))
+    def before_and_rows(self) -> Spans:
+        """By column: the cells above, and of C x R keys more those of the own column in earlier rows."""
+        low = self.total + self.column * self.rows
+        # A row of one cell has no others: every row of a single column, else the first of rows of 1, 2, 3 ... cells.
+        alone = self.row if self.columns == 1 else (self.column == 0) & (not self.even)
+        rows = (low + alone)[self.order], (low + self.row)[self.order]
+        return _runs(self.total + self.rows * self.columns, (self.top[self.order], np.arange(self.total)), rows)
 
     @functools.cached_property
     def whole_rows(self) -> Spans:
         """For R x C queries in reading order: their row."""
+        return _runs(self.total, self._of_rows())
+
+    def _of_rows(self) -> tuple[Array, Array]:
         first = self.column == 0
-        low, high = (np.repeat(t[first], self.columns) for t in (self.start, self.end))
-        return _runs(self.total, (low, high))
+        return np.repeat(self.start[first], self.columns), np.repeat(self.end[first], self.columns)
 
     @functools.cached_property
     def rows_before(self) -> Spans:
@@ -219,17 +233,17 @@ def vertical(tokens: Tokens, grid: Cells, pool: str) -> Tensor:
 
 
 def horizontal(tokens: Tokens, grid: Cells, pool: str) -> Tensor:
-    values = seen_by(grid.rest(tokens.asked, pool), tokens.k, tokens.v, grid.others)[0]
-    q, k, v, keys, values = grid.down(*tokens[:3], grid.rest(tokens.offered, pool), values)
-    far = seen_by(q, torch.cat((k, keys), 1), torch.cat((v, values), 1), grid.before_twice)
+    values = seen_by(grid.rest(tokens.asked, pool).flatten(1, 2), tokens.k, tokens.v, grid.others)[0]
+    keys, values = grid.by_column(grid.rest(tokens.offered, pool)), grid.by_column(grid.unflat(values))
+    q, k, v = grid.down(*tokens[:3])
+    far = seen_by(q, torch.cat((k, keys), 1), torch.cat((v, values), 1), grid.before_and_rows)
     return joint(seen_by(tokens.q, tokens.k, tokens.v, grid.own), far, grid)
 
 
 def rowmajor(tokens: Tokens, grid: Cells, pool: str) -> Tensor:
     # In rows that are too short for a column nobody asks: a query of zeros shares alike.
     asker = grid.square(tokens.q, 0.0).flatten(1, 2)
-    values = seen_by(asker, tokens.k, tokens.v, grid.whole_rows)[0]
-    values = values.unflatten(1, (grid.rows, grid.columns)).transpose(1, 2).flatten(1, 2)
+    values = grid.by_column(grid.unflat(seen_by(asker, tokens.k, tokens.v, grid.whole_rows)[0]))
     keys = grid.pooled(tokens.offered, pool).repeat(1, grid.columns, 1, 1)
     (q,) = grid.down(tokens.q)
     far = seen_by(q, keys, values, grid.rows_before)
@@ -253,7 +267,7 @@ PLANS: dict[str, Callable[[Tokens, Cells, str], Tensor]] = {
 CALLS = {
     "fixed": ("each_row", "own_and_rows"),
     "axial-vertical": ("before", "own_and_columns", "before"),
-    "axial-horizontal": ("others", "own", "before_twice"),
+    "axial-horizontal": ("others", "own", "before_and_rows"),
     "axial-rowmajor": ("whole_rows", "own", "rows_before"),
 }
 
