@@ -32,7 +32,7 @@ VOCAB = RUN + KEYS * VALUES + KEYS + VALUES
 #: Nats an answer, of log(VALUES) = 2.08. With a smaller gap full attention has not learnt to answer either.
 LEAST = 1.0
 #: Training: short rows first, in which questions are near, then whole ones.
-SHORT, SHORT_STEPS, STEPS, BATCH, RATE = 96, 400, 500, 11, 4e-3
+SHORT, SHORT_STEPS, STEPS, BATCH, RATE = 96, 450, 600, 12, 4e-3
 PLACES: dict[str, int | list[int]] = {
     "none": 0,
     "all": LAYERS,
