@@ -31,13 +31,24 @@ class Tokens(NamedTuple):
     offered: Tensor
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Tokens:
-        return Tokens._make(map(change, self))
+        """What is pooled is mostly the queries and keys themselves, and those are not changed twice."""
+        q, k, v = map(change, self[:3])
+        asked = q if self.asked is self.q else change(self.asked)
+        return Tokens(q, k, v, asked, k if self.offered is self.k else change(self.offered))
+
+
+def scaled(q: Tensor, k: Tensor, v: Tensor, features: tuple[Tensor, Tensor] | None, scale: float | None) -> Tokens:
+    """Tokens of a head width's or a given ``scale``; ``features`` are pooled in place of q and k."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    asked, offered = (q, k) if features is None else features
+    turned = q * scale
+    return Tokens(turned, k, v, turned if asked is q else asked * scale, offered)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """``valid`` (B or 1, R, C): the cells that hold a token. ``place`` (B or 1, R * C): the token of each cell, and
-    ``cell`` (B or 1, L) the cell of each token; None where tokens stand in reading order without gaps."""
+    """``valid`` (B or 1, R, C): the cells that hold a token. ``place`` (B, R * C): the token of each cell, and ``cell``
+    (B, L) the cell of each token; None where tokens stand in reading order without gaps."""
 
     valid: Tensor
     length: int
@@ -49,8 +60,6 @@ class Grid:
         rows, columns = self.valid.shape[1:]
         if self.place is None:
             cells = F.pad(x, (0, 0, 0, 0, 0, rows * columns - x.shape[1]))
-        elif len(self.place) == 1:
-            cells = x.index_select(1, self.place[0])
         else:
             cells = x.gather(1, self.place[:, :, None, None].expand(-1, -1, *x.shape[2:]))
         cells = cells.unflatten(1, (rows, columns)).permute(0, 3, 1, 2, 4)
@@ -61,49 +70,28 @@ class Grid:
         cells = y.permute(0, 2, 3, 1, 4).flatten(1, 2)
         if self.cell is None:
             return cells[:, : self.length]
-        if len(self.cell) == 1:
-            return cells.index_select(1, self.cell[0])
         return cells.gather(1, self.cell[:, :, None, None].expand(-1, -1, *cells.shape[2:]))
 
 
-def sides(length: int, block: int | None, causal: bool) -> tuple[int, int]:
+def sides(length: int, block: int | None) -> tuple[int, int]:
     """(rows, columns) of the grid of ``length`` tokens; see :func:`grid`."""
-    if block is None and causal:
-        rows = (math.isqrt(8 * length + 1) - 1) // 2
-        rows += rows * (rows + 1) // 2 < length
-        return rows, rows
     columns = min(block or _root(length), max(length, 1))
     return -(-length // columns), columns
 
 
-def grid(length: int, lengths: Tensor | None, block: int | None, causal: bool, device: torch.device) -> Grid:
-    """``length`` tokens, ``lengths`` (B,) of them real, in rows of ``block``.
-
-    Without a block the rows are as long as suits the method: where causal, row r holds r + 1 tokens, so that both sides
-    grow as sqrt(2 length) and no token's row depends on what comes later; else all are ceil(sqrt(own length)) long.
-    """
-    rows, columns = sides(length, block, causal)
-    if block is None and not causal and lengths is not None:
-        rows = columns
-    r, c = torch.arange(rows, device=device)[:, None], torch.arange(columns, device=device)
+def grid(length: int, lengths: Tensor | None, block: int | None, device: torch.device) -> Grid:
+    """``length`` tokens, ``lengths`` (B,) of them real, in rows of ``block``, or of ceil(sqrt(own length))."""
+    rows, columns = sides(length, block)
+    if block is not None or lengths is None:
+        r, c = torch.arange(rows, device=device)[:, None], torch.arange(columns, device=device)
+        return Grid((r * columns + c)[None] < (length if lengths is None else lengths[:, None, None]), length)
+    r, c = torch.arange(columns, device=device)[:, None], torch.arange(columns, device=device)
     steps = torch.arange(length, device=device)
-    real = length if lengths is None else lengths[:, None, None]
-    place = cell = None
-    if block is None and causal:
-        place = (r * (r + 1) // 2 + c)[None]
-        inside = (c <= r) & (place < real)
-        row = ((torch.sqrt(8.0 * steps.double() + 1) - 1) / 2).long()
-        cell = (row * columns + steps - row * (row + 1) // 2)[None]
-    elif block is None and lengths is not None:
-        width = lengths.double().sqrt().ceil().long().clamp(min=1)[:, None]
-        place = r * width[..., None] + c
-        inside = (c < width[..., None]) & (place < real)
-        cell = (steps // width * columns + steps % width).clamp(max=rows * columns - 1)
-    else:
-        inside = (r * columns + c)[None] < real
-    if place is not None:
-        place = place.clamp(max=length - 1).flatten(1)
-    return Grid(inside, length, place, cell)
+    width = lengths.double().sqrt().ceil().long().clamp(min=1)[:, None]
+    place = r * width[..., None] + c
+    inside = (c < width[..., None]) & (place < lengths[:, None, None])
+    cell = (steps // width * columns + steps % width).clamp(max=columns * columns - 1)
+    return Grid(inside, length, place.clamp(max=length - 1).flatten(1), cell)
 
 
 def _root(length: int) -> int:
@@ -163,22 +151,14 @@ def pooled(features: Tensor, valid: Tensor, pool: str) -> Tensor:
     return most.masked_fill(~valid.any(-2, keepdim=True), 0.0)
 
 
-def pooled_others(features: Tensor, valid: Tensor, pool: str, dim: int, both: bool) -> tuple[Tensor, Tensor]:
-    """For every cell the pool of the valid ones before it along ``dim``, or on both sides of it -> values, any."""
+def pooled_others(features: Tensor, valid: Tensor, pool: str, dim: int) -> tuple[Tensor, Tensor]:
+    """For every cell the pool of the valid ones before and after it along ``dim`` -> values, whether there are any."""
     valid = valid[..., None]
-    count = _before(valid.long(), dim, torch.cumsum, 0)
-    if both:
-        count = count + _after(valid.long(), dim, torch.cumsum, 0)
+    count = _beside(valid.long(), dim, torch.cumsum, torch.add, 0)
     if pool == "mean":
-        clean = features.masked_fill(~valid, 0.0)
-        total = _before(clean, dim, torch.cumsum, 0.0)
-        if both:
-            total = total + _after(clean, dim, torch.cumsum, 0.0)
+        total = _beside(features.masked_fill(~valid, 0.0), dim, torch.cumsum, torch.add, 0.0)
         return total / count.clamp(min=1), count[..., 0] > 0
-    clean = features.masked_fill(~valid, -math.inf)
-    most = _before(clean, dim, _running_maximum, -math.inf)
-    if both:
-        most = torch.maximum(most, _after(clean, dim, _running_maximum, -math.inf))
+    most = _beside(features.masked_fill(~valid, -math.inf), dim, _running_maximum, torch.maximum, -math.inf)
     return most.masked_fill(count == 0, 0.0), count[..., 0] > 0
 
 
@@ -186,11 +166,17 @@ def _running_maximum(x: Tensor, dim: int) -> Tensor:
     return torch.cummax(x, dim).values
 
 
-def _before(x: Tensor, dim: int, running: Callable[[Tensor, int], Tensor], start: float) -> Tensor:
-    """``running`` over what lies before each place, ``start`` at the first."""
-    first = torch.full_like(x.narrow(dim, 0, 1), start)
-    return torch.cat((first, running(x, dim).narrow(dim, 0, x.shape[dim] - 1)), dim)
+def _beside(
+    x: Tensor,
+    dim: int,
+    running: Callable[[Tensor, int], Tensor],
+    both: Callable[[Tensor, Tensor], Tensor],
+    start: float,
+) -> Tensor:
+    """``running`` over what lies before each place and over what lies after it, from ``start``, put together."""
+    first, count = torch.full_like(x.narrow(dim, 0, 1), start), x.shape[dim] - 1
 
+    def before(t: Tensor) -> Tensor:
+        return torch.cat((first, running(t, dim).narrow(dim, 0, count)), dim)
 
-def _after(x: Tensor, dim: int, running: Callable[[Tensor, int], Tensor], start: float) -> Tensor:
-    return _before(x.flip(dim), dim, running, start).flip(dim)
+    return both(before(x), before(x.flip(dim)).flip(dim))

@@ -2,7 +2,8 @@
 
 ``fixed``: own row, and every earlier (or other) row as a region. ``vertical``: own row and column, and of every other
 column the cells above (and below). ``horizontal``: own row and column, and every earlier (other) row without the own
-column. ``rowmajor``: own row, and every earlier (other) row, in which the token of the own column asks.
+column. ``rowmajor``: own row, and every earlier (other) row, in which the token of the own column asks. Whole causal
+texts are in :mod:`.runs`; what is causal here serves a stream.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Laid:
         return Group(self.tokens.k, self.tokens.v, lambda rows: valid[:, :, rows] & earlier)
 
     def own_column(self) -> Group:
-        """The other cells of a token's own column, those above it where causal."""
+        """The other cells of a token's own column."""
         valid = self.valid.transpose(1, 2)[:, None, None]
         return Group(
             self.column(self.tokens.k),
@@ -81,9 +82,8 @@ def other_blocks(laid: Laid, keys: Tensor, values: Tensor) -> Group:
 
 
 def vertical(laid: Laid) -> Tensor:
-    both = not laid.causal
-    asker, held = pooled_others(laid.tokens.asked, laid.valid[:, None], laid.pool, 2, both)
-    keys, _ = pooled_others(laid.tokens.offered, laid.valid[:, None], laid.pool, 2, both)
+    asker, held = pooled_others(laid.tokens.asked, laid.valid[:, None], laid.pool, 2)
+    keys, _ = pooled_others(laid.tokens.offered, laid.valid[:, None], laid.pool, 2)
     values = attend(asker, [laid.own_column()])
     elsewhere = laid.other_columns()
     columns = Group(keys, values, lambda rows: held[:, :, rows, None] & elsewhere)
@@ -91,8 +91,8 @@ def vertical(laid: Laid) -> Tensor:
 
 
 def horizontal(laid: Laid) -> Tensor:
-    asker, held = pooled_others(laid.tokens.asked, laid.valid[:, None], laid.pool, 3, True)
-    keys, _ = pooled_others(laid.tokens.offered, laid.valid[:, None], laid.pool, 3, True)
+    asker, held = pooled_others(laid.tokens.asked, laid.valid[:, None], laid.pool, 3)
+    keys, _ = pooled_others(laid.tokens.offered, laid.valid[:, None], laid.pool, 3)
     elsewhere, valid = laid.other_columns(), laid.valid[:, None, :, None]
     values = attend(asker, [Group(laid.tokens.k, laid.tokens.v, lambda rows: valid[:, :, rows] & elsewhere)])
     seen = held.transpose(2, 3)[:, :, None]
@@ -122,9 +122,9 @@ PLANS = {
 }
 
 
-def pairs(plan: str, length: int, block: int | None, causal: bool) -> int:
-    """Products of a query with a key, and as many of a weight with a value, of one head."""
-    rows, columns = sides(length, block, causal)
+def pairs(plan: str, length: int, block: int | None) -> int:
+    """Products of a query with a key, and as many of a weight with a value, of one head that sees all."""
+    rows, columns = sides(length, block)
     cells = rows * columns
     if plan == "fixed":
         return cells * (columns + rows) + cells

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from formwright.ops.combiner import runs
 from formwright.ops.combiner.grid import Grid, Group, Tokens, attend
 from formwright.ops.combiner.plans import Laid, blocks, other_blocks
 
@@ -32,6 +33,14 @@ class Call(NamedTuple):
         after = self.seen + self.new
         touched = (after + self.block - 1) // self.block - self.seen // self.block
         return max(1, int(touched.max())) if len(touched) else 1
+
+
+def fixed_start(tokens: Tokens, block: int, pool: str) -> tuple[Tensor, Tensor, Tensor]:
+    """A stream's first call, tokens (B, L, H, D) that begin in the first column: as :func:`fixed_stream` gives it."""
+    length = tokens.q.shape[1]
+    cells = runs.cells(length, block)
+    out, keys, values = runs.fixed(tokens.each(cells.filled), cells, pool)
+    return out[:, :length], keys, values
 
 
 def fixed_stream(

@@ -1,6 +1,6 @@
 """Attention by runs of keys in plain PyTorch: the keys of every tile of queries gathered, one product a group of tiles.
 
-Memory is linear in the length: a product never gathers more keys than there are.
+Memory is linear in the length: a product makes a few scores for every key there is, or those of one tile.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from formwright.ops.window_attention.spans import Group, Spans
+from formwright.ops.window_attention.spans import FEWEST, Group, Spans
 
 
 def window_attention_blocked(
@@ -35,7 +35,7 @@ def window_attention_blocked(
 def _pattern(q: Tensor, k: Tensor, v: Tensor, seen: Spans, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     outs, totals = [], []
     for group in seen.groups:
-        count = max(1, seen.total // group.keys.shape[1])
+        count = max(1, FEWEST * seen.total // (group.queries.shape[1] * group.keys.shape[1]))
         for start in range(0, len(group.keys), count):
             out, total = _product(q, k, v, seen, Group(*(t[start : start + count] for t in group)), valid)
             outs.append(out)

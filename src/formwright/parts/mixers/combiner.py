@@ -18,8 +18,8 @@ from torch import Tensor
 
 from formwright.kit.errors import SpecError
 from formwright.ops.combiner import combiner, combiner_macs
-from formwright.ops.combiner.grid import Tokens
-from formwright.ops.combiner.stream import Call, fixed_stream
+from formwright.ops.combiner.grid import Tokens, scaled
+from formwright.ops.combiner.stream import Call, fixed_start, fixed_stream
 from formwright.parts.base import Cost, Part, Shape, Slot, Traits, dropout, element_bytes, project
 from formwright.parts.context import EMPTY, Context
 from formwright.parts.linears.dense import Dense
@@ -139,6 +139,9 @@ class Combiner(Part):
         asked = q if self.pool_q is None else torch.relu(self.pool_q(q, ctx))
         return asked, k if self.pool_k is None else torch.relu(self.pool_k(k, ctx))
 
+    def _tokens(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tokens:
+        return scaled(q, k, v, self._features(q, k, ctx), self.scale)
+
     def _whole(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
         return combiner(
             q,
@@ -160,13 +163,15 @@ class Combiner(Part):
             return v
         new = torch.full_like(seen, length) if ctx.lengths is None else ctx.lengths
         call = Call(seen, new, self.block)
+        past = ctx.state.get(f"{ctx.path}.q")
         near_q, near_k, near_v = (ctx.append(name, t, self.block)[0] for name, t in (("q", q), ("k", k), ("v", v)))
-        asked, offered = self._features(near_q, near_k, ctx)
-        scale = self.head_width**-0.5 if self.scale is None else self.scale
-        near = Tokens(near_q * scale, near_k, near_v, asked * scale, offered)
-        none = q[:, :0]
-        past = (ctx.slot("block_k", none), ctx.slot("block_v", none))
-        out, keys, values = fixed_stream(near, past, call, length, self.pool)
+        if past is None or past.shape[1] == 0:
+            out, keys, values = fixed_start(self._tokens(q, k, v, ctx), self.block, self.pool)
+        else:
+            none = q[:, :0]
+            finished = (ctx.slot("block_k", none), ctx.slot("block_v", none))
+            near = self._tokens(near_q, near_k, near_v, ctx)
+            out, keys, values = fixed_stream(near, finished, call, length, self.pool)
         ctx.append_runs("block_k", keys, call.finished, self.block)
         ctx.append_runs("block_v", values, call.finished, self.block)
         return out
