@@ -17,7 +17,6 @@ from torch import Tensor
 
 from formwright.kit.errors import Refusal
 
-
 #: Spare places of a new room: half of those in use, and at least this many.
 SPARE = 32
 
