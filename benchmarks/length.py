@@ -53,7 +53,7 @@ def main() -> None:
     kinds = {"memory": memory, "growth": growth, "train": train}
     parser = arguments(__doc__.split("\n")[0])
     parser.add_argument("--what", choices=tuple(kinds), action="append", help="default: all")
-    parser.add_argument("--mixers", nargs="+", help="of growth; default: all that are linear")
+    parser.add_argument("--mixers", nargs="+", help="of memory (mamba, deltanet) and growth; default: all")
     options = parser.parse_args()
     options.threads = options.threads or torch.get_num_threads()
     torch.set_num_threads(options.threads)
@@ -69,7 +69,7 @@ def say(line: dict[str, Any], text: str, as_json: bool) -> None:
 
 
 def memory(options: Any) -> None:
-    for name in ("mamba", "deltanet"):
+    for name in options.mixers or ("mamba", "deltanet"):
         worker = Worker(f"benchmarks.length:{name}_pass", options.threads, {})
         worker.prepare(LONG)
         peak, seconds, agreement = map(float, worker.vectors())
