@@ -188,3 +188,80 @@ def test_taking_rows_forgets_the_columns_that_nobody_needs() -> None:
     feed(state, [[float(v) for v in range(50)], [1.0, 2.0]], 0)
     assert state.take(torch.tensor([1])).values["k"].shape[1] == 2
     assert state.take(torch.tensor([], dtype=torch.long)).values["k"].shape == (0, 0, 1)
+
+
+def rowed(first: float, rows: int = 2, tokens: int = 1, **how) -> torch.Tensor:
+    return torch.arange(float(first), first + rows * tokens, **how).reshape(rows, tokens, 1)
+
+
+@torch.no_grad()
+def test_a_step_writes_its_tokens_and_copies_the_rest_rarely() -> None:
+    state, places = State(2), []
+    for step in range(500):
+        state.append("k", rowed(2.0 * step), None)
+        state.advance(None, 1)
+        places.append(state.values["k"].data_ptr())
+    assert state.values["k"][:, :, 0].tolist() == [list(range(0, 1000, 2)), list(range(1, 1001, 2))]
+    assert len(set(places)) < 10
+    assert state.bytes() == 2 * 500 * 4
+
+
+@torch.no_grad()
+def test_the_room_of_a_window_stays_small() -> None:
+    state = State(1)
+    for step in range(300):
+        values, positions = state.append("k", rowed(step, 1), None, 5)
+        state.advance(None, 1)
+        assert values[0, -5:, 0].tolist() == list(range(max(0, step - 4), step + 1))
+        assert positions[0, -1] == step
+        assert "k" not in state.rooms or state.rooms["k"].places.shape[1] <= 6 + 32 + 5
+    assert state.bytes() == 5 * 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [None, 3])
+def test_forks_that_share_a_room_go_on_each_for_itself(window: int | None) -> None:
+    state = State(2)
+    for step in range(4):
+        state.append("k", rowed(2.0 * step), None, window)
+        state.advance(None, 1)
+    snapshot, copied = state.values["k"], state.values["k"].clone()
+    forks = [state, state.fork(), state.fork(), state.take(torch.tensor([1, 0]))]
+    for index, fork in enumerate(forks):
+        for step in range(3):
+            fork.append("k", rowed(100.0 * (index + 1) + 2 * step), None, window)
+            fork.advance(None, 1)
+    assert torch.equal(snapshot, copied)
+    for index, fork in enumerate(forks):
+        before = copied if index < 3 else copied[[1, 0]]
+        wanted = torch.cat((before, *(rowed(100.0 * (index + 1) + 2 * step) for step in range(3))), 1)
+        assert torch.equal(fork.values["k"], wanted if window is None else wanted[:, -window:])
+
+
+def test_rooms_are_left_where_they_cannot_be_written() -> None:
+    state = State(2)
+    with torch.inference_mode():
+        for step in range(3):
+            state.append("k", rowed(2.0 * step), None)
+    with torch.no_grad():  # an inference tensor is not written outside inference mode
+        state.append("k", rowed(6.0), None)
+    state.append("k", rowed(8.0, dtype=torch.float64), None)
+    assert state.values["k"].dtype == torch.float64
+    grown = rowed(10.0, dtype=torch.float64).requires_grad_()
+    (state.append("k", grown, None)[0] ** 2).sum().backward()
+    assert grown.grad is not None and grown.grad.flatten().tolist() == [20.0, 22.0]
+    assert state.values["k"][0, :, 0].tolist() == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
+    with torch.no_grad():
+        state.put("k", torch.zeros(2, 1, 1))
+        state.append("k", torch.ones(2, 1, 1), None)
+    assert state.values["k"][0, :, 0].tolist() == [0.0, 1.0]
+
+
+def test_rows_are_even_until_one_takes_less() -> None:
+    state = State(2)
+    feed(state, [[1.0], [2.0]], 0, ragged=False)
+    assert state.even and state.fork().even
+    assert not state.join(state.fork()).even
+    feed(state, [[3.0], []], 0)
+    assert not state.even and not state.take(torch.tensor([0, 1])).even
+    assert state.take(torch.tensor([1])).even

@@ -102,6 +102,7 @@ class StateLike(Protocol):
     """What the context needs of a stream's state; the engine's ``State`` is one."""
 
     seen: Tensor
+    even: bool
 
     @property
     def fresh(self) -> bool: ...

@@ -75,6 +75,7 @@ class GatedMLP(Part):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         gate, up = project([self.gate, self.up], x, ctx)
-        hidden = self.activation(gate) * up
+        gate = self.activation(gate)  # in its own place: of a long row, one more tensor of this width is much memory
+        hidden = gate * up
         ctx.note("hidden", hidden)
         return dropout(self.down(hidden, ctx), self.rate, ctx, self.training, "dropout")

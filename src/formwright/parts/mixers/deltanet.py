@@ -156,7 +156,8 @@ class DeltaNet(Part):
         slots: list[LinearLike] = [self.q, self.k, self.v, self.beta]
         q, k, v, beta, *gate = project(slots + ([] if self.gate is None else [self.gate]), x, ctx)
         v = F.silu(v) if self.v_conv is None else self.v_conv(v, ctx, "v_conv")
-        q, k = self._featured(q, self.q_conv, ctx, "q_conv"), self._featured(k, self.k_conv, ctx, "k_conv")
+        q = self._featured(q, self.q_conv, ctx, "q_conv")
+        k = self._featured(k, self.k_conv, ctx, "k_conv")
         beta = ctx.clear(self.most * torch.sigmoid(beta))
         return [q, k, v.unflatten(-1, (self.heads, -1)), beta, *gate]
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from formwright.kit.errors import SpecError, unknown
+from formwright.ops.mamba_step import Weights, mamba_step
 from formwright.ops.selective_scan import selective_scan
 from formwright.parts.base import Cost, Part, Shape, Slot, Traits, element_bytes
 from formwright.parts.context import EMPTY, Context
@@ -29,6 +30,8 @@ from formwright.registry import Paper, register
 
 #: What may be chosen by the token; each of them otherwise is a learned constant.
 SELECTIVE = ("delta", "B", "C")
+#: What stands in the slots that a whole step reads at once: projections in, x, dt and out, and the convolution.
+KINDS = [Dense] * 4 + [ShortConv]
 #: Steps at the start: spread evenly over the orders of magnitude between the first two, and none below the last.
 STEP_LEAST, STEP_MOST, STEP_FLOOR = 1e-3, 1e-1, 1e-4
 
@@ -157,8 +160,45 @@ class Mamba(Core):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         refuse_rules(ctx, "mamba")
+        if x.shape[1] == 1 and ctx.state is not None and ctx.lengths is None:
+            y = self._token(x, ctx)
+            if y is not None:
+                return y
         x, z = self.in_proj(ctx.clear(x), ctx).chunk(2, -1)
         return self.out_proj(self.mixed(x, z, ctx), ctx)
+
+    def _token(self, x: Tensor, ctx: Context) -> Tensor | None:
+        """The next token of every row in one call; None where it takes the pieces."""
+        weights = self._weights()
+        if weights is None:
+            return None
+        (inner, states), taps = weights.A_log.shape, weights.conv.shape[1]
+        window = ctx.slot("conv", lambda: x.new_zeros(len(x), taps - 1, inner))
+        h = ctx.slot("h", lambda: x.new_zeros(len(x), inner, states, dtype=torch.promote_types(x.dtype, torch.float32)))
+        done = mamba_step(x, weights, window, h)
+        if done is None:
+            return None
+        y, window, h = done
+        ctx.keep("conv", window)
+        ctx.keep("h", h)
+        return y
+
+    def _weights(self) -> Weights | None:
+        """What a whole step reads, if everything is chosen by the token and nobody put another kind into a slot or
+        wants one to be called."""
+        held, own = self._modules, self._parameters  # where a look-up takes a fifth of the time of an attribute
+        slots: list[Any] = [held.get(name) for name in ("in_proj", "x_proj", "dt_proj", "out_proj", "conv")]
+        if len(self.selective) < len(SELECTIVE) or [type(slot) for slot in slots] != KINDS:
+            return None
+        if any(slot._forward_hooks or slot._forward_pre_hooks for slot in slots):
+            return None
+        (into, into_bias), (x, x_bias), (dt, no_bias), (out, out_bias), (conv, conv_bias) = (
+            (slot._parameters["weight"], slot.bias) for slot in slots
+        )
+        if x_bias is not None or no_bias is not None:
+            return None
+        rest = (own["dt_bias"], own["A_log"], own["D"])
+        return Weights(into, into_bias, conv, conv_bias, x, dt, *rest, out, out_bias)  # type: ignore[arg-type]
 
 
 def step_rank(width: int, rank: int | None) -> int:
