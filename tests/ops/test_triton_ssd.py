@@ -1,13 +1,8 @@
-"""The state-space dual's GPU kernels, run by Triton's interpreter on the CPU, against the recurrence."""
+"""The state-space dual's GPU kernels: run by Triton's interpreter against the recurrence, and compiled."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
-import pytest
+from kernels import compiled, interpreted, needs_triton
 
 SCRIPT = """
 import torch
@@ -45,12 +40,17 @@ for rows, length, heads, groups, width, size, whole in cases:
 y, _ = _Ssd.apply(kernels, 64, *single, None, None, None)
 (first,) = torch.autograd.grad(y.square().sum(), single[1], create_graph=True)
 assert torch.isfinite(torch.autograd.grad(first.square().sum(), single[1])[0]).all()
-print("agrees")
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@needs_triton
 def test_kernels_equal_the_recurrence() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, timeout=300)
-    assert done.stdout.strip() == "agrees", done.stderr[-2000:]
+    interpreted(SCRIPT)
+
+
+@needs_triton
+def test_kernels_compile() -> None:
+    from formwright.ops.ssd import triton as form
+
+    for kernel in (form.forward_kernel, form.backward_kernel):
+        compiled(kernel, "", q=16, wide=16, deep=16)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from formwright.kit.errors import SpecError
-from formwright.ops.gpu import on_gpu
+from formwright.ops import gpu
 from formwright.ops.native import differentiated
 from formwright.ops.ssd.chunked import Chunked
 from formwright.ops.ssd.native import Compiled
@@ -80,7 +80,7 @@ def _form(given: list[Any], general: Form) -> Form:
     x, B = given[0], given[3]
     if Compiled.takes(*given[:7]):
         return Compiled() if Compiled.suits(x, B) else general
-    if on_gpu(x) and x.dtype == torch.float32 and x.shape[1] > 1 and not _traced():
+    if gpu.reachable(*given[:7]) and x.dtype == torch.float32 and x.shape[1] > 1:
         from formwright.ops.ssd.triton import Kernels
 
         if Kernels.suits(x, B):

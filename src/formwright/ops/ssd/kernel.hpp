@@ -1,5 +1,7 @@
 // The state-space dual of one head, or of one chunk of a group; included once for every instruction set.
 
+#include "../native/products.hpp"
+
 // Decays of a chunk of one head. Products run from token to token: no difference of sums, which would cancel.
 struct Decays {
   float step[CHUNK], decay[CHUNK];  // dt and exp(dt A); 0 and 1 behind the last token

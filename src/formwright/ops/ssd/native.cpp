@@ -46,47 +46,8 @@ struct Block {
         scores(c + CHUNK * call.deep()) {}
 };
 
-namespace portable {
-#include "../native/lanes.hpp"
-#include "../native/products.hpp"
-#include "kernel.hpp"
-}  // namespace portable
-
-#ifdef FW_X86
-FW_PUSH(FW_AVX2)
-namespace two {
-#include "../native/lanes.hpp"
-#include "../native/products.hpp"
-#include "kernel.hpp"
-}  // namespace two
-FW_END
-FW_PUSH(FW_AVX512)
-#define FW_WIDE
-namespace wide {
-#include "../native/lanes.hpp"
-#include "../native/products.hpp"
-#include "kernel.hpp"
-}  // namespace wide
-#undef FW_WIDE
-FW_END
-#endif
-
-// Passes over all of one kind: chunks of groups, heads, slices of groups' heads.
-struct Passes {
-  void (*cut)(const Call&, int64_t row, int64_t group, int64_t chunk);
-  void (*step)(const Call&, int64_t row, int64_t head);
-  void (*forward)(const Call&, int64_t row, int64_t head);
-  void (*backward)(const Call&, int64_t row, int64_t group, int64_t slice);
-  void (*join)(const Call&, int64_t row, int64_t group, int64_t chunk);
-};
-
-Passes passes() {
-#ifdef FW_X86
-  if (fw::level() == fw::VNNI) return {wide::cut, wide::step, wide::forward, wide::backward, wide::join};
-  if (fw::level() == fw::TWO) return {two::cut, two::step, two::forward, two::backward, two::join};
-#endif
-  return {portable::cut, portable::step, portable::forward, portable::backward, portable::join};
-}
+#define FW_KERNEL "../ssd/kernel.hpp"
+#include "../native/levels.hpp"
 
 // run(row, i, j) for every row, i < first and j < second.
 template <typename Run>
@@ -105,24 +66,24 @@ FW_API int64_t fw_ssd_chunk() { return CHUNK; }
 // length is 1, and one step is taken.
 FW_API void fw_ssd(const Call* given, int threads) {
   const Call& call = *given;
-  const Passes pass = passes();
   if (call.blocks == nullptr) {
     // Steps are short: a thread takes about a quarter of a megabyte of states at once.
     const int64_t grain = 1 + (1 << 16) / (call.width * call.size);
-    each(call, call.heads, 1, grain, threads, [&](int64_t row, int64_t i, int64_t) { pass.step(call, row, i); });
+    const auto step = FW_AT_LEVEL(step);
+    each(call, call.heads, 1, grain, threads, [&](int64_t row, int64_t i, int64_t) { step(call, row, i); });
     return;
   }
-  each(call, call.groups, call.chunks(), 1, threads,
-       [&](int64_t row, int64_t i, int64_t j) { pass.cut(call, row, i, j); });
-  each(call, call.heads, 1, 1, threads, [&](int64_t row, int64_t i, int64_t) { pass.forward(call, row, i); });
+  const auto cut = FW_AT_LEVEL(cut);
+  const auto head = FW_AT_LEVEL(forward);
+  each(call, call.groups, call.chunks(), 1, threads, [&](int64_t row, int64_t i, int64_t j) { cut(call, row, i, j); });
+  each(call, call.heads, 1, 1, threads, [&](int64_t row, int64_t i, int64_t) { head(call, row, i); });
 }
 
 // The same with blocks and states, dy and dfinal -> dx, ddt, dA, dB, dC, dD, dstart; uses dblocks.
 FW_API void fw_ssd_backward(const Call* given, int threads) {
   const Call& call = *given;
-  const Passes pass = passes();
-  each(call, call.groups, call.slices, 1, threads,
-       [&](int64_t row, int64_t i, int64_t j) { pass.backward(call, row, i, j); });
-  each(call, call.groups, call.chunks(), 1, threads,
-       [&](int64_t row, int64_t i, int64_t j) { pass.join(call, row, i, j); });
+  const auto heads = FW_AT_LEVEL(backward);
+  const auto join = FW_AT_LEVEL(join);
+  each(call, call.groups, call.slices, 1, threads, [&](int64_t row, int64_t i, int64_t j) { heads(call, row, i, j); });
+  each(call, call.groups, call.chunks(), 1, threads, [&](int64_t row, int64_t i, int64_t j) { join(call, row, i, j); });
 }

@@ -44,7 +44,7 @@ class Compiled:
     @staticmethod
     def takes(*tensors: Tensor | None) -> bool:
         """Whether plain pointers to all of these may be handed over; a wanted gradient is no hindrance."""
-        return native.usable(*(t.detach() for t in tensors if t is not None))
+        return native.reachable(*tensors)
 
     @staticmethod
     def suits(x: Tensor, B: Tensor) -> bool:
