@@ -37,7 +37,7 @@ def race(
     rounds: int,
     turn: int = 1,
 ) -> list[dict[str, Any]]:
-    """Time the contenders that agree (``agreement`` at least ``bar``, one for all or one each) in one alternating run of
+    """Time the contenders that agree (``agreement`` at least ``bar``, one for all or one each) in one alternating run,
     ``turn`` calls in a row each; lines of plain data."""
     bars = bar if isinstance(bar, dict) else dict.fromkeys(contenders, bar)
     sound = {key: run for key, run in contenders.items() if agreement[key] >= bars[key]}
