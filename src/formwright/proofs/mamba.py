@@ -40,7 +40,7 @@ def prove(quick: bool, seed: int) -> list[Claim]:
     """The claims that any implementation must satisfy, and then those of the paper about what training finds."""
     with one_thread():
         claims = [*one_scan(seed), counts(), published(seed)]
-        return claims if quick else [*claims, *copying(seed), induction(seed)]
+        return claims if quick else [*claims, copying(seed), induction(seed)]
 
 
 def one_scan(seed: int) -> list[Claim]:
@@ -154,29 +154,20 @@ class Copying:
         return torch.cat((seen, torch.ones_like(values)), 1), torch.cat((torch.full_like(seen, -1), values), 1)
 
 
-def copying(seed: int) -> list[Claim]:
-    """What a fixed kernel cannot pick out, as more of the step, the input and the readout depend on the token."""
+def copying(seed: int) -> Claim:
+    """What a fixed kernel cannot pick out."""
     task, found = Copying(256), {}
     lessons = [Lesson(Copying(32), 400, 64), Lesson(Copying(96), 300, 32), Lesson(task, 600, 16)]
-    for name, selective in {"none": [], "B": ["B"], "C": ["C"], "delta": ["delta"], "all": None}.items():
+    for name, selective in {"selective": None, "constant": []}.items():
         model = train(small(seed, task.vocab, 64, selective=selective), lessons, seed, lr=5e-3)
         found[name] = accuracy(model, task, seed)
-    return [
-        Claim(
-            "trained on selective copying, the selective model copies and the one with constants does not",
-            "99.8 % against 56.4 % (4,096 tokens, 16 of them data, 400,000 steps)",
-            ">= 97 % against <= 60 %",
-            f"{found['all']:.1%} against {found['none']:.1%} ({task.length} tokens, {task.data} of them data)",
-            found["all"] >= 0.97 and found["none"] <= 0.60,
-        ),
-        Claim(
-            "trained as many steps, what depends on the token orders them: nothing, B or C, the step, all",
-            "perplexity 10.93; 10.15 or 9.98; 9.81; 8.71",
-            "in this order",
-            ", ".join(f"{name} {value:.1%}" for name, value in found.items()),
-            found["none"] < min(found["B"], found["C"]) <= max(found["B"], found["C"]) < found["delta"] < found["all"],
-        ),
-    ]
+    return Claim(
+        "trained on selective copying, the selective model copies and the one with constants does not",
+        "99.8 % against 56.4 % (4,096 tokens, 16 of them data, 400,000 steps)",
+        ">= 97 % against <= 60 %",
+        f"{found['selective']:.1%} against {found['constant']:.1%} ({task.length} tokens, {task.data} of them data)",
+        found["selective"] >= 0.97 and found["constant"] <= 0.60,
+    )
 
 
 @dataclass(frozen=True)
@@ -201,7 +192,7 @@ def induction(seed: int) -> Claim:
     """Long after the answers are right, steps of full size make the state hold on longer: Adam takes them where its
     ``eps`` is below what is left of the gradient."""
     lessons = [Lesson(Induction(16), 200, 64), Lesson(Induction(48), 100, 32), Lesson(Induction(TRAINED), 2500, 8)]
-    model = train(small(seed, Induction.vocab, 64), lessons, seed, lr=5e-3, eps=1e-15)
+    model = train(small(seed, Induction.vocab, 64), lessons, seed, lr=1e-2, eps=1e-15)
     found = {}
     for length in TESTED:
         right = [accuracy(model, Induction(length), seed + batch, rows=16) for batch in range(8)]
