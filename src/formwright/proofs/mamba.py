@@ -157,8 +157,9 @@ class Copying:
 def copying(seed: int) -> Claim:
     """What a fixed kernel cannot pick out."""
     task, found = Copying(256), {}
+    chosen: dict[str, list[str] | None] = {"selective": None, "constant": []}
     lessons = [Lesson(Copying(32), 400, 64), Lesson(Copying(96), 300, 32), Lesson(task, 600, 16)]
-    for name, selective in {"selective": None, "constant": []}.items():
+    for name, selective in chosen.items():
         model = train(small(seed, task.vocab, 64, selective=selective), lessons, seed, lr=5e-3)
         found[name] = accuracy(model, task, seed)
     return Claim(
