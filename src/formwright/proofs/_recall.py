@@ -1,15 +1,18 @@
-"""Multi-query associative recall: a text lists pairs of key and value, then asks for the values of its keys.
+"""Multi-query associative recall, and the short training that several proofs of recurrent mixers share.
 
     k1 v1 k2 v2 ... kP vP  .  .  k2 ->v2  .  k1 ->v1  .  .  .
 
-Arora et al., 2023 (2312.04927). What several proofs of recurrent mixers train on, in batches of tensors: every row has
-keys, values and places of its own, and a loss and an accuracy only where a value is asked for.
+A text lists pairs of key and value, then asks for the values of its keys: Arora et al., 2023 (2312.04927). A task is
+anything with ``batch(rows, generator) -> tokens, targets``, both (rows, length), the targets -1 wherever nothing is
+asked; loss and accuracy are of the places asked.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,20 +20,22 @@ from torch.nn import functional as F
 
 from formwright.kit.errors import SpecError
 
+#: Steps over which a rate of learning rises from zero.
+WARM = 50
+
 
 @dataclass(frozen=True)
 class Recall:
     """``pairs`` in texts of ``length`` tokens; keys are the lower half of ``vocab`` and values the upper.
 
-    near: how much likelier early queries are; the share of gap g goes as (g + 1) ** (near - 1). noise: what fills the
-    rest, random tokens or 0, which is neither key nor value.
+    near: how much likelier early queries are; the share of gap g goes as (g + 1) ** (near - 1). What fills the rest is
+    0, which is neither key nor value.
     """
 
     length: int = 128
     pairs: int = 16
     vocab: int = 1024
     near: float = 0.01
-    noise: bool = False
 
     def __post_init__(self) -> None:
         if self.length < 4 * self.pairs or self.vocab // 2 <= self.pairs:
@@ -43,13 +48,15 @@ class Recall:
         keys = 1 + _distinct(torch.zeros(rows, half - 1), self.pairs, generator)
         values = half + _distinct(torch.zeros(rows, self.vocab - half), self.pairs, generator)
         tokens = torch.zeros(rows, self.length, dtype=torch.long)
-        if self.noise:
-            tokens = torch.randint(1, self.vocab, tokens.shape, generator=generator)
         tokens[:, 0:after:2], tokens[:, 1:after:2] = keys, values
         gaps = torch.arange(1, (self.length - after) // 2 + 1).log() * (self.near - 1)
         places = after + 2 * _distinct(gaps.expand(rows, -1), self.pairs, generator)
         tokens.scatter_(1, places, keys)
         return tokens, torch.full_like(tokens, -1).scatter_(1, places, values)
+
+    def part(self, share: int) -> Recall:
+        """The task with a ``share``-th of the pairs in as much shorter texts."""
+        return replace(self, length=self.length // share, pairs=self.pairs // share)
 
 
 def _distinct(logits: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -70,51 +77,42 @@ def spec(mixers: list[dict[str, Any]], vocab: int, width: int = 64) -> dict[str,
     }
 
 
-def asked(model: Any, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (N, vocab) and targets (N,) of the places where a value is asked for; the head runs nowhere else."""
-    x, ctx = model.run(*model.embed(tokens))
-    places = targets >= 0
-    return model.read(x[places][None], ctx)[0], targets[places]
+class Lesson(NamedTuple):
+    """``steps`` batches of ``rows`` texts of a task."""
+
+    task: Any
+    steps: int
+    rows: int = 32
 
 
-def train(
-    model: Any,
-    task: Any,
-    steps: int,
-    seed: int,
-    *,
-    rows: int = 32,
-    lr: float = 4e-3,
-    enough: float = 0.995,
-) -> Any:
-    """AdamW with warm-up and cosine on fresh batches of ``task``; ends early once ``enough`` of a fresh one is right.
+def train(model: Any, lessons: Sequence[Lesson], seed: int, *, lr: float, last: float = 0.05, eps: float = 1e-8) -> Any:
+    """AdamW without decay of weights, its rate warmed up and then on a cosine down to ``last`` of ``lr``, over all
+    lessons in turn.
 
-    ``task`` is anything with ``batch(rows, generator)``. Equal seeds draw equal batches for every model. Returns the
-    model in eval mode.
+    Equal seeds draw equal batches for every model. Returns the model in eval mode.
     """
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
-    warm = max(1, steps // 20)
-    shape = torch.optim.lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, 1.0, warm),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - warm), 0.05 * lr),
-        ],
-        [warm],
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), eps=eps, weight_decay=0.0)
+    batches = [lesson for lesson in lessons for _ in range(lesson.steps)]
     model.train()
-    for step in range(steps):
+    for step, (task, _, rows) in enumerate(batches):
+        cosine = (1 + math.cos(math.pi * step / len(batches))) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / WARM) * (last + (1 - last) * cosine)
         logits, wanted = asked(model, *task.batch(rows, generator))
         loss = F.cross_entropy(logits, wanted)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        shape.step()
-        if step % 50 == 49 and accuracy(model, task, seed + step, rows=64) >= enough:
-            break
     return model.eval()
+
+
+def asked(model: Any, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (N, vocab) and targets (N,) of the places where a value is asked for; the head runs nowhere else."""
+    x, ctx = model.run(*model.embed(tokens))
+    places = targets >= 0
+    return model.read(x[places][None], ctx)[0], targets[places]
 
 
 def accuracy(model: Any, task: Any, seed: int, rows: int = 256) -> float:
