@@ -83,7 +83,12 @@ def each(
             if only(case.construct()):
                 chosen.append(case)
     CHECKS.setdefault(check, set()).update(kinds)
-    return pytest.mark.parametrize("case", chosen, ids=lambda case: case.id)
+
+    def marked(run: Callable[..., None]) -> Callable[..., None]:
+        run.only = only  # type: ignore[attr-defined]
+        return pytest.mark.parametrize("case", chosen, ids=lambda case: case.id)(run)
+
+    return marked
 
 
 #: check -> the kinds it is for, so that an exemption cannot name a check that does not exist

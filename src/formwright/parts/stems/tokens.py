@@ -189,9 +189,11 @@ class TokenEmbedding(Stem):
         return dropout(x, self.rate, ctx.at("stem"), self.training, "dropout"), ctx
 
     def _at_once(self, ids: Tensor, types: Tensor | None, ctx: Context) -> Tensor | None:
-        """Tables and norm in one call, where all are plain."""
+        """Tables and norm in one call for the packed layout, where all are plain."""
         norm, positions = self.norm, None if self.late else self.positions
-        if type(norm) not in (LayerNorm, type(None)) or (positions is not None and positions.table is None):
+        if ctx.offsets is None or type(norm) not in (LayerNorm, type(None)):
+            return None
+        if positions is not None and positions.table is None:
             return None
         terms: list[tuple[Any, Tensor | None, float]] = [(self.tokens, ids, self.scale)]
         if self.types is not None:
