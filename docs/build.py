@@ -3,7 +3,8 @@ in CONTRIBUTING.md from the templates of ``formwright new``.
 
     python docs/build.py            write them
     python docs/build.py --check    write nothing; exit code 1 when one of them is not what the code says
-    python docs/build.py --proofs   run every proof in its full form (minutes to hours) and write ``proofs.md``
+    python docs/build.py --proofs   run every proof in its full form (an hour) and write ``proofs.md``; with names after
+                                    it run these, and leave the others as they stand there
     python docs/build.py --matrix   compose every ordered pair of surgeries and write ``composition.md``
     python docs/build.py --bench    run every benchmark on a quiet machine and write ``benchmarks.md``; with files of
                                     lines after it (what ``--json`` of a benchmark prints), from those
@@ -287,10 +288,10 @@ def catalog_page() -> str:
 # ---------------------------------------------------------------------- the proofs
 
 
-def proofs_page(quick: bool = False) -> str:
-    """Every claim with its published figure, the bar, and what this machine measures; runs all proofs."""
+def proofs_page(chosen: list[str], standing: str = "", quick: bool = False) -> str:
+    """Every claim with its published figure, the bar, and what this machine measures; runs the chosen proofs, and takes
+    the others from the ``standing`` page."""
     from formwright.measure.machine import machine
-    from formwright.proofs.base import prove
 
     here = machine()
     text = [
@@ -298,19 +299,26 @@ def proofs_page(quick: bool = False) -> str:
         f"Machine: {here['cpu']}, {here['cores']} cores, {here['threads']} threads, torch {here['torch']}.",
         "",
     ]
+    kept = {part.split("\n", 1)[0]: f"## {part.rstrip()}\n" for part in standing.split("\n## ")[1:]}
     for name in registry.names("proof"):
-        print(f"proving {name} ...", file=sys.stderr)
-        proof, entry = prove(name, quick=quick), registry.find("proof", name)
-        rows = [
-            [cell(c.claim), cell(c.published), cell(c.bar), cell(c.measured), "holds" if c.holds else "**not held**"]
-            for c in proof.claims
-        ]
-        columns = ["claim", "published", "bar", "measured here", ""]
-        about = [cell(entry.summary)] if entry.summary else []
-        about += [paper(entry)] if entry.paper else []
-        text += [f"## {name}", "", " · ".join([*about, f"seed {proof.seed}, {proof.minutes:.1f} minutes"]), ""]
-        text += [table(columns, rows), ""]
+        text.append(kept[name] if name in kept and name not in chosen else proof_section(name, quick))
     return "\n".join(text).rstrip() + "\n"
+
+
+def proof_section(name: str, quick: bool) -> str:
+    """What a run of one proof measures."""
+    from formwright.proofs.base import prove
+
+    print(f"proving {name} ...", file=sys.stderr)
+    proof, entry = prove(name, quick=quick), registry.find("proof", name)
+    rows = [
+        [cell(c.claim), cell(c.published), cell(c.bar), cell(c.measured), "holds" if c.holds else "**not held**"]
+        for c in proof.claims
+    ]
+    about = [cell(entry.summary)] if entry.summary else []
+    about += [paper(entry)] if entry.paper else []
+    head = " · ".join([*about, f"seed {proof.seed}, {proof.minutes:.1f} minutes"])
+    return f"## {name}\n\n{head}\n\n{table(['claim', 'published', 'bar', 'measured here', ''], rows)}\n"
 
 
 def composition_page() -> str:
@@ -391,7 +399,9 @@ PAGES = {"cli.md": cli_page, "catalog.md": catalog_page, "../CONTRIBUTING.md": c
 
 def main(arguments: list[str]) -> int:
     if "--proofs" in arguments:
-        write_atomic(HERE / "proofs.md", proofs_page())
+        chosen, page = arguments[arguments.index("--proofs") + 1 :], HERE / "proofs.md"
+        standing = page.read_text(encoding="utf-8") if chosen and page.is_file() else ""
+        write_atomic(page, proofs_page(chosen or registry.names("proof"), standing))
         return 0
     if "--matrix" in arguments:
         write_atomic(HERE / "composition.md", composition_page())

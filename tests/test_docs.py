@@ -270,10 +270,12 @@ def test_proofs_page_holds_every_claim(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = registry.Entry(
         "proof", "made-up", "nowhere", "prove", "what it shows", registry.Paper("X", 2020, "2001.00001")
     )
-    monkeypatch.setattr(registry, "names", lambda kind: ["made-up"] if kind == "proof" else [])
+    monkeypatch.setattr(registry, "names", lambda kind: ["made-up", "standing"] if kind == "proof" else [])
     monkeypatch.setattr(registry, "find", lambda kind, name: entry)
     monkeypatch.setattr(registry, "resolve", lambda kind, name: lambda quick, seed: claims)
-    page = builder().proofs_page(quick=True)
+    standing = "# Proofs\n\n## made-up\n\nold\n\n## standing\n\nas it was\n"
+    page = builder().proofs_page(["made-up"], standing, quick=True)
+    assert "old" not in page and page.endswith("\n\n## standing\n\nas it was\n")
     assert "## made-up" in page and "arxiv.org/abs/2001.00001" in page
     assert "| a \\| b | 1 | >= 1 | 2 | holds |" in page
     assert "| c | 3 | >= 3 | 2 | **not held** |" in page
