@@ -120,7 +120,7 @@ PROOFS = f"""{MARK}
 
 Each published claim, scaled to a small machine: the published figure, the bar set before measuring, and the figure
 measured. What does not hold at this size stays in the table as not held. `formwright prove NAME` measures one of them
-on your machine; `--quick` takes seconds.
+on your machine; `--quick` takes seconds. Minutes are by the clock, and some proofs shared the machine with other work.
 """
 
 COMPOSITION = """# Composition
