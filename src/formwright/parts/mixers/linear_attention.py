@@ -21,6 +21,7 @@ from formwright.ops.linear_attention import linear_attention, linear_attention_m
 from formwright.parts.base import Cost, Shape, Slot, Traits, element_bytes
 from formwright.parts.context import EMPTY, Context
 from formwright.parts.mixers._projected import Projected
+from formwright.parts.pieces import pieced
 from formwright.registry import Paper, register
 
 FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -55,6 +56,7 @@ class FeatureAttention(Projected):
         dtype = torch.float32 if element_bytes(self) < 4 else None
         return {"sums": Slot("fixed", (self.kv_heads, self.feature_width, self.head_width + 1), dtype)}
 
+    @pieced
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         self.check_rules(ctx)
         if ctx.offsets is not None and ctx.state is not None:

@@ -1,0 +1,106 @@
+"""A long text in pieces: a mixer that streams reads it as a stream of its own inside one pass.
+
+What a mixer makes on its way (projections, features, convolved tokens) is several times its input. For a text of many
+thousand tokens that is more than the caches hold, and memory that the system hands out page by page at every call. A
+piece at a time, all of it stays where the last piece had it, and only the output is as long as the text. The result is
+that of one pass, since any split of a stream is.
+
+Where a gradient is wanted, every token's values are kept anyway, so there the text stays whole; as it does where
+somebody looks at what happens inside.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from formwright.ops.native import watched
+from formwright.parts.context import Context, StateLike
+
+#: Tokens of a piece, of all rows together, and of one row at least: a multiple of every chunk that an op works in.
+PIECE, LEAST = 2048, 256
+
+Run = TypeVar("Run", bound=Callable[..., Tensor])
+
+
+def pieced(run: Run) -> Run:
+    """For a method ``run(part, *tensors, ctx)`` whose part streams through ``ctx.slot`` and ``ctx.keep`` alone, tensors
+    and result being (B, L, ...): the same, with long rows taken piece by piece."""
+
+    @functools.wraps(run)
+    def whole(part: Any, *given: Any) -> Tensor:
+        *tensors, ctx = given
+        if torch.is_grad_enabled() or watched():
+            return run(part, *given)
+        rows, length = tensors[0].shape[:2]
+        size = max(LEAST, PIECE // max(rows, 1) // LEAST * LEAST)
+        if length < 2 * size or not unseen(part, ctx):
+            return run(part, *given)
+        return joined(functools.partial(run, part), tensors, ctx, size)
+
+    return whole  # type: ignore[return-value]
+
+
+def unseen(part: nn.Module, ctx: Context) -> bool:
+    """Whether nobody could tell that ``part`` is called several times: padded rows of a stream, nothing drawn, noted or
+    hooked into, and no slot that answers by all tokens of a call."""
+    if not part.traits.streams or part.training or ctx.offsets is not None or ctx.notes is not None:
+        return False
+    if not ctx.visible.simple:
+        return False
+    return not any(
+        module._forward_hooks or module._forward_pre_hooks or not getattr(module, "by_token", True)
+        for module in part.modules()
+    )
+
+
+def joined(run: Callable[..., Tensor], tensors: list[Tensor], ctx: Context, size: int) -> Tensor:
+    """``run(*tensors, ctx)``, ``size`` tokens of each row at a time."""
+    length, kept = tensors[0].shape[1], Kept(ctx.state)
+    out = None
+    for start, inner in contexts(tensors[0], ctx.replace(state=kept), size):
+        made = run(*(t[:, start : start + size] for t in tensors), inner)
+        out = made.new_empty(len(made), length, *made.shape[2:]) if out is None else out
+        out[:, start : start + size] = made
+    assert out is not None
+    kept.leave()
+    return out
+
+
+def contexts(x: Tensor, ctx: Context, size: int) -> Iterator[tuple[int, Context]]:
+    """(first token, context) of every piece of the padded rows ``x``."""
+
+    def cut(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value[:, start : start + size]
+
+    for start in range(0, x.shape[1], size):
+        left = None if ctx.lengths is None else (ctx.lengths - start).clamp(0, min(size, x.shape[1] - start))
+        marks = {name: mark[:, start : start + size] for name, mark in ctx.marks.items()}
+        places = {name: cut(getattr(ctx, name)) for name in ("positions", "origin", "coords")}
+        yield start, ctx.replace(lengths=left, marks=marks, **places)
+
+
+class Kept:
+    """What passes from piece to piece: over a stream's own state, which moves only when all pieces are through."""
+
+    def __init__(self, state: StateLike | None) -> None:
+        self.state = state
+        self.values: dict[str, Tensor] = {}
+
+    def get(self, key: str) -> Tensor | None:
+        if key in self.values or self.state is None:
+            return self.values.get(key)
+        return self.state.get(key)
+
+    def put(self, key: str, value: Tensor) -> None:
+        self.values[key] = value
+
+    def leave(self) -> None:
+        """Hand everything to the stream, where there is one."""
+        if self.state is not None:
+            for key, value in self.values.items():
+                self.state.put(key, value)
