@@ -115,8 +115,8 @@ def test_what_a_mark_says_goes_with_its_tokens(small: None) -> None:
     x = torch.arange(10.0)[None, :, None]
     marks = {"role": torch.arange(10)[None]}
     ctx = Context(marks=marks, positions=torch.arange(10)[None], lengths=torch.tensor([7]))
-    for start, inner in pieces.contexts(x, ctx, 4):
-        wanted = torch.arange(10)[None, start : start + 4]
+    for piece, inner in pieces.contexts(x, ctx, 4):
+        wanted, start = torch.arange(10)[None, piece], piece.start
         assert torch.equal(inner.marks["role"], wanted)
         assert inner.positions is not None and torch.equal(inner.positions, wanted)
         assert inner.lengths is not None and inner.lengths.tolist() == [max(0, min(4, 7 - start))]

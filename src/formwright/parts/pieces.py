@@ -27,6 +27,16 @@ PIECE, LEAST = 2048, 256
 Run = TypeVar("Run", bound=Callable[..., Tensor])
 
 
+def piece_of(x: Tensor) -> int:
+    """Tokens of a piece of x (B, L, ...), or 0 where it stays whole: it is short, a gradient is wanted, or somebody
+    traces or counts."""
+    if torch.is_grad_enabled() or watched():
+        return 0
+    rows, length = x.shape[:2]
+    size = max(LEAST, PIECE // max(rows, 1) // LEAST * LEAST)
+    return size if length > 2 * size else 0
+
+
 def pieced(run: Run) -> Run:
     """For a method ``run(part, *tensors, ctx)`` whose part streams through ``ctx.slot`` and ``ctx.keep`` alone, tensors
     and result being (B, L, ...): the same, with long rows taken piece by piece."""
@@ -34,11 +44,8 @@ def pieced(run: Run) -> Run:
     @functools.wraps(run)
     def whole(part: Any, *given: Any) -> Tensor:
         *tensors, ctx = given
-        if torch.is_grad_enabled() or watched():
-            return run(part, *given)
-        rows, length = tensors[0].shape[:2]
-        size = max(LEAST, PIECE // max(rows, 1) // LEAST * LEAST)
-        if length < 2 * size or not unseen(part, ctx):
+        size = piece_of(tensors[0])
+        if not size or not unseen(part, ctx):
             return run(part, *given)
         return joined(functools.partial(run, part), tensors, ctx, size)
 
@@ -62,26 +69,24 @@ def joined(run: Callable[..., Tensor], tensors: list[Tensor], ctx: Context, size
     """``run(*tensors, ctx)``, ``size`` tokens of each row at a time."""
     length, kept = tensors[0].shape[1], Kept(ctx.state)
     out = None
-    for start, inner in contexts(tensors[0], ctx.replace(state=kept), size):
-        made = run(*(t[:, start : start + size] for t in tensors), inner)
+    for piece, inner in contexts(tensors[0], ctx.replace(state=kept), size):
+        made = run(*(t[:, piece] for t in tensors), inner)
         out = made.new_empty(len(made), length, *made.shape[2:]) if out is None else out
-        out[:, start : start + size] = made
+        out[:, piece] = made
     assert out is not None
     kept.leave()
     return out
 
 
-def contexts(x: Tensor, ctx: Context, size: int) -> Iterator[tuple[int, Context]]:
-    """(first token, context) of every piece of the padded rows ``x``."""
-
-    def cut(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value[:, start : start + size]
-
-    for start in range(0, x.shape[1], size):
-        left = None if ctx.lengths is None else (ctx.lengths - start).clamp(0, min(size, x.shape[1] - start))
-        marks = {name: mark[:, start : start + size] for name, mark in ctx.marks.items()}
-        places = {name: cut(getattr(ctx, name)) for name in ("positions", "origin", "coords")}
-        yield start, ctx.replace(lengths=left, marks=marks, **places)
+def contexts(x: Tensor, ctx: Context, size: int) -> Iterator[tuple[slice, Context]]:
+    """(its tokens, its context) of every piece of the padded rows ``x``."""
+    length = x.shape[1]
+    for start in range(0, length, size):
+        piece = slice(start, min(start + size, length))
+        left = None if ctx.lengths is None else (ctx.lengths - start).clamp(0, piece.stop - start)
+        found = {name: getattr(ctx, name) for name in ("positions", "origin", "coords")}
+        places = {name: None if value is None else value[:, piece] for name, value in found.items()}
+        yield piece, ctx.replace(lengths=left, marks={name: m[:, piece] for name, m in ctx.marks.items()}, **places)
 
 
 class Kept:
