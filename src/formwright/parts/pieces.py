@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from formwright.ops.native import watched
 from formwright.parts.context import Context, StateLike
@@ -52,7 +52,7 @@ def pieced(run: Run) -> Run:
     return whole  # type: ignore[return-value]
 
 
-def unseen(part: nn.Module, ctx: Context) -> bool:
+def unseen(part: Any, ctx: Context) -> bool:
     """Whether nobody could tell that ``part`` is called several times: padded rows of a stream, nothing drawn, noted or
     hooked into, and no slot that answers by all tokens of a call."""
     if not part.traits.streams or part.training or ctx.offsets is not None or ctx.notes is not None:

@@ -166,7 +166,9 @@ def projected(x: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
     would lose what a difference of exponents has to keep."""
     exact = torch.promote_types(x.dtype, torch.float32)
     x, scale = x.to(exact), x.shape[-1] ** -0.25
-    return x @ (omega.T.to(exact) * scale), x.square().sum(-1, keepdim=True) * (scale * scale / 2)
+    # One product over all rows, whose strides in a piece would otherwise make it one for every token.
+    seen = x.reshape(-1, x.shape[-1]) @ (omega.T.to(exact) * scale)
+    return seen.view(*x.shape[:-1], len(omega)), x.square().sum(-1, keepdim=True) * (scale * scale / 2)
 
 
 def exponents(x: Tensor, omega: Tensor) -> Tensor:
