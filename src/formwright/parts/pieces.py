@@ -45,7 +45,7 @@ def pieced(run: Run) -> Run:
     def whole(part: Any, *given: Any) -> Tensor:
         *tensors, ctx = given
         size = piece_of(tensors[0])
-        if not size or not unseen(part, ctx):
+        if not size or not part.traits.streams or not unseen(part, ctx):
             return run(part, *given)
         return joined(functools.partial(run, part), tensors, ctx, size)
 
@@ -53,11 +53,9 @@ def pieced(run: Run) -> Run:
 
 
 def unseen(part: Any, ctx: Context) -> bool:
-    """Whether nobody could tell that ``part`` is called several times: padded rows of a stream, nothing drawn, noted or
-    hooked into, and no slot that answers by all tokens of a call."""
-    if not part.traits.streams or part.training or ctx.offsets is not None or ctx.notes is not None:
-        return False
-    if not ctx.visible.simple:
+    """Whether nobody could tell that ``part`` and what it holds are called several times: padded rows, nothing drawn,
+    noted or hooked into, and no slot that answers by all tokens of a call."""
+    if part.training or ctx.offsets is not None or ctx.notes is not None or not ctx.visible.simple:
         return False
     return not any(
         module._forward_hooks or module._forward_pre_hooks or not getattr(module, "by_token", True)
