@@ -91,12 +91,13 @@ class BiMambaS(Part):
         Projecting a piece in twice takes less than keeping all that both directions read."""
 
         def ahead(x: Tensor, ctx: Context) -> Tensor:
-            return self.ahead.mixed(*self.in_proj(x, ctx).chunk(2, -1), ctx.at("ahead"))
+            x, z = self.in_proj(x, ctx).chunk(2, -1)
+            return self.ahead.mixed(x, z, ctx.at("ahead"))
 
         found, out = joined(ahead, [x], ctx, size), torch.empty_like(x)
         for piece, inner in reversed(list(contexts(x, ctx.replace(state=Kept(None)), size))):
-            turned = (t.flip(1) for t in self.in_proj(x[:, piece], inner).chunk(2, -1))
-            back = self.back.mixed(*turned, inner.at("back")).flip(1)
+            turned, z = self.in_proj(x[:, piece], inner).flip(1).chunk(2, -1)
+            back = self.back.mixed(turned, z, inner.at("back")).flip(1)
             out[:, piece] = self._out(found[:, piece], back, inner)
         return out
 
