@@ -129,6 +129,8 @@ class LinearLike(nn.Module):
     in_features: int
     out_features: int
     role: str
+    #: Whether what a token becomes depends on that token alone, and not on others of the same call.
+    by_token: bool = True
 
     def forward(self, x: Tensor, ctx: Context | None = None) -> Tensor:
         raise NotImplementedError

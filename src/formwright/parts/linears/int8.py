@@ -129,7 +129,8 @@ class Int8Linear(LinearLike):
         if outliers and threshold:
             raise SpecError("outliers are either fixed or found at every call, not both: set threshold=0")
         self.role, self.scheme, self.threshold = role, scheme, float(threshold)
-        shifted = scheme_named(scheme).shifted
+        shared = scheme_named(scheme)
+        self.by_token, shifted = shared.rows and not threshold, shared.shifted
         self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8))
         self.register_buffer("scale", torch.empty(out_features, dtype=torch.float32))
         self.register_buffer("zero", torch.empty(out_features, dtype=torch.float32) if shifted else None)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from formwright.parts.base import Cost, Part, Shape, Traits
@@ -21,6 +22,7 @@ from formwright.parts.context import EMPTY, Context
 from formwright.parts.linears.dense import Dense
 from formwright.parts.mixers.mamba import Core, check_depth, step_rank, uniform
 from formwright.parts.orders import walk
+from formwright.parts.pieces import Kept, contexts, joined, piece_of, unseen
 from formwright.registry import Paper, register
 
 
@@ -75,11 +77,32 @@ class BiMambaS(Part):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         refuse_rules(ctx, "bimamba-s")
-        x, z = self.in_proj(ctx.clear(x), ctx).chunk(2, -1)
-        line = ctx.replace(state=None, grid=None)
+        x, line = ctx.clear(x), ctx.replace(state=None, grid=None)
+        if ctx.lengths is None and (size := piece_of(x)) and unseen(self, ctx):
+            return self._in_pieces(x, line, size)
         path = walk("row-reversed", x, line)
+        x, z = self.in_proj(x, ctx).chunk(2, -1)
         ahead = self.ahead.mixed(x, z, line.at("ahead"))
         back = path.back(self.back.mixed(path.there(x), path.there(z), line.at("back")))
+        return self._out(ahead, back, ctx)
+
+    def _in_pieces(self, x: Tensor, ctx: Context, size: int) -> Tensor:
+        """Long rows of one length: forwards piece by piece, then backwards from the last piece, which finishes each.
+        Projecting a piece in twice takes less than keeping all that both directions read."""
+
+        def ahead(x: Tensor, ctx: Context) -> Tensor:
+            x, z = self.in_proj(x, ctx).chunk(2, -1)
+            return self.ahead.mixed(x, z, ctx.at("ahead"))
+
+        found, out = joined(ahead, [x], ctx, size), torch.empty_like(x)
+        for piece, inner in reversed(list(contexts(x, ctx.replace(state=Kept(None)), size))):
+            turned, z = self.in_proj(x[:, piece], inner).flip(1).chunk(2, -1)
+            back = self.back.mixed(turned, z, inner.at("back")).flip(1)
+            out[:, piece] = self._out(found[:, piece], back, inner)
+        return out
+
+    def _out(self, ahead: Tensor, back: Tensor, ctx: Context) -> Tensor:
+        """Both directions (B, L, E), in the order of the tokens, -> (B, L, W)."""
         if self.merge == "multiply":
             return self.out_proj(ahead, ctx) * self.out_proj(back, ctx)
         return self.out_proj(merged([ahead, back], self.merge), ctx)

@@ -27,6 +27,7 @@ from formwright.parts.context import EMPTY, Context
 from formwright.parts.linears.dense import Dense
 from formwright.parts.mixers._projected import head_sizes
 from formwright.parts.norms.norms import RMSNorm
+from formwright.parts.pieces import pieced
 from formwright.parts.short_conv import ShortConv
 from formwright.registry import Paper, register
 
@@ -125,6 +126,7 @@ class DeltaNet(Part):
             found |= {} if conv is None else conv.slot(name)
         return found
 
+    @pieced
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         if not ctx.visible.simple:
             why = "all earlier tokens are read through one memory"

@@ -21,6 +21,7 @@ from formwright.ops.linear_attention import linear_attention, linear_attention_m
 from formwright.parts.base import Cost, Shape, Slot, Traits, element_bytes
 from formwright.parts.context import EMPTY, Context
 from formwright.parts.mixers._projected import Projected
+from formwright.parts.pieces import contexts, piece_of, pieced
 from formwright.registry import Paper, register
 
 FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -41,9 +42,14 @@ class FeatureAttention(Projected):
         self.traits = Traits(causal=causal, streams=causal)
         self.eps = eps
 
-    def features(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        """Queries (B, L, H, D) and keys (B, L, kv_heads, D) -> the same with features, not negative, for D."""
+    def features(self, q: Tensor, k: Tensor, ctx: Context, most: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Queries (B, L, H, D) and keys (B, L, kv_heads, D) -> the same with features, not negative, for D. ``most`` is
+        given where these are not all keys."""
         raise NotImplementedError
+
+    def most(self, k: Tensor, ctx: Context, size: int) -> Tensor | None:
+        """What has to be known of all keys before ``size`` of them are mapped at a time."""
+        return None
 
     @property
     def feature_width(self) -> int:
@@ -55,11 +61,14 @@ class FeatureAttention(Projected):
         dtype = torch.float32 if element_bytes(self) < 4 else None
         return {"sums": Slot("fixed", (self.kv_heads, self.feature_width, self.head_width + 1), dtype)}
 
+    @pieced
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         self.check_rules(ctx)
         if ctx.offsets is not None and ctx.state is not None:
             raise SpecError(f"{ctx.path}: linear sums stream in the padded layout; give lengths instead of offsets")
         q, k, v = self.enter(x, ctx)
+        if not self.traits.causal and ctx.offsets is None and (size := piece_of(x)):
+            return self.leave(self._in_pieces(q, k, v, ctx, size), ctx)
         q, k = self.features(q, k, ctx)
         k = ctx.clear(k)  # phi(0) is not zero, so padding would be summed
         borders = None if ctx.offsets is None else [0, *(stop for _, stop in ctx.spans())]
@@ -70,6 +79,23 @@ class FeatureAttention(Projected):
         if causal:
             ctx.keep("sums", sums if shared == 1 else sums[:, ::shared].contiguous())
         return self.leave(mixed, ctx)
+
+    def _in_pieces(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, size: int) -> Tensor:
+        """Without ``causal``: keys are mapped and summed piece by piece, then queries are mapped and read the sums, so
+        that never more than ``size`` tokens have features."""
+        most, none, pieces = self.most(k, ctx, size), slice(0), list(contexts(k, ctx, size))
+        out, sums = q.new_empty(q.shape), None
+
+        def attended(queries: slice, keys: slice, inner: Context) -> tuple[Tensor, Tensor]:
+            mapped, held = self.features(q[:, queries], k[:, keys], inner, most)
+            held, values = self.for_queries(inner.clear(held)), self.for_queries(v[:, keys])
+            return linear_attention(mapped, held, values, causal=False, state=sums, eps=self.eps)
+
+        for piece, inner in pieces:
+            sums = attended(none, piece, inner)[1]
+        for piece, inner in pieces:
+            out[:, piece] = attended(piece, none, inner)[0]
+        return out
 
     def _sums(self, v: Tensor, ctx: Context) -> Tensor:
         """What the stream has summed so far, for each head of the keys."""
@@ -126,6 +152,6 @@ class LinearAttention(FeatureAttention):
         )  # fmt: skip
         self.feature = feature
 
-    def features(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, ctx: Context, most: Tensor | None = None) -> tuple[Tensor, Tensor]:
         phi = FEATURES[self.feature]
         return phi(q), phi(k)

@@ -25,6 +25,7 @@ from formwright.ops.selective_scan import selective_scan
 from formwright.parts.base import Cost, Part, Shape, Slot, Traits, element_bytes
 from formwright.parts.context import EMPTY, Context
 from formwright.parts.linears.dense import Dense
+from formwright.parts.pieces import pieced
 from formwright.parts.short_conv import ShortConv
 from formwright.registry import Paper, register
 
@@ -42,6 +43,8 @@ class Core(Part):
     Slots ``x_proj`` and ``dt_proj``, where anything is selective. Parameters ``A_log`` (E, state), ``D`` and
     ``dt_bias`` (E,), and ``B`` or ``C`` (state,) where they are constants.
     """
+
+    traits = Traits(causal=True, streams=True)
 
     def __init__(
         self, inner: int, state: int, conv: int, rank: int, conv_bias: bool, selective: Sequence[str] | None
@@ -84,6 +87,7 @@ class Core(Part):
     def slots(self) -> dict[str, Slot]:
         return {**self.conv.slot("conv"), "h": Slot("fixed", tuple(self.A_log.shape), torch.float32)}
 
+    @pieced
     def mixed(self, x: Tensor, z: Tensor, ctx: Context) -> Tensor:
         """x and the gate z (B, L, E) -> (B, L, E), zero in the padding."""
         x = self.conv(x, ctx)
@@ -158,6 +162,7 @@ class Mamba(Core):
         uniform(self.in_proj)
         uniform(self.out_proj, self._depth**-0.5)
 
+    @pieced
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         refuse_rules(ctx, "mamba")
         if x.shape[1] == 1 and ctx.state is not None and ctx.lengths is None:

@@ -25,6 +25,7 @@ from formwright.ops.ssd import CHUNK, chunk_of, ssd
 from formwright.parts.base import Cost, Part, Shape, Slot, Traits, cost_sum, costed, own_parameters
 from formwright.parts.context import EMPTY, Context
 from formwright.parts.linears.dense import Dense
+from formwright.parts.pieces import pieced
 from formwright.parts.short_conv import ShortConv
 from formwright.registry import Paper, register
 
@@ -156,6 +157,7 @@ class Mamba2(Part):
         shape = (self.heads, self.inner // self.heads, self.state)
         return {**self.conv.slot("conv"), "ssm": Slot("fixed", shape, kind)}
 
+    @pieced
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         heads, inner, shared = self.heads, self.inner, self.groups * self.state
         sizes = (inner, inner + 2 * shared, heads)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from formwright.kit.errors import SpecError
 from formwright.parts.context import Context, keyed_generator
 from formwright.parts.mixers.linear_attention import FeatureAttention
+from formwright.parts.pieces import contexts
 from formwright.registry import Paper, register
 
 #: Least divisor. Features carry their own eps, so this only makes 0 / 0 zero.
@@ -91,17 +92,32 @@ class Performer(FeatureAttention):
     def feature_width(self) -> int:
         return self.head_width if self.omega is None else self.omega.shape[0]
 
-    def features(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, ctx: Context, most: Tensor | None = None) -> tuple[Tensor, Tensor]:
         omega = self.drawn(ctx)
         if self.kernel == "relu":
             seen = [x if omega is None else x @ omega.T for x in (q, k)]
             return seen[0].relu() + self.shift, seen[1].relu() + self.shift
         assert omega is not None
         (q, _), (k, half) = projected(q, omega), projected(k, omega)
+        off = half + most if most is not None else self._highest(k, half, ctx)
         # Features are many times the tokens: |q|^2 / 2, which the quotient cancels, is left out, and what else is to
         # be taken off is one number a token, m^(-1/2) included.
         spare = math.log(omega.shape[0]) / 2
-        return self._mapped(q, q.amax(-1, keepdim=True) + spare), self._mapped(k, self._highest(k, half, ctx) + spare)
+        return self._mapped(q, q.amax(-1, keepdim=True) + spare), self._mapped(k, off + spare)
+
+    def most(self, k: Tensor, ctx: Context, size: int) -> Tensor | None:
+        """The greatest exponent of each head (B, 1, kv_heads, 1), with the softmax kernel."""
+        if self.kernel == "relu":
+            return None
+        omega = self.drawn(ctx)
+        assert omega is not None
+        found = [self._greatest(*projected(k[:, piece], omega), inner) for piece, inner in contexts(k, ctx, size)]
+        return finite(torch.stack(found).amax(0))
+
+    def _greatest(self, k: Tensor, half: Tensor, ctx: Context) -> Tensor:
+        """The greatest exponent of padded keys W k (B, L, H, m) of each head, (B, 1, H, 1); -inf without keys."""
+        most = k.amax(-1, keepdim=True) - half
+        return most.masked_fill(~ctx.valid(most)[..., None, None], -torch.inf).amax(1, keepdim=True)
 
     def _mapped(self, exponent: Tensor, off: Tensor) -> Tensor:
         mapped = (exponent - off).exp_()
@@ -126,10 +142,9 @@ class Performer(FeatureAttention):
         assert self.omega is not None
         if self.traits.causal or k.shape[1] == 0:
             return half + (self.omega.square().sum(1).max().to(half.dtype) / 2 - HIGHEST).relu()
-        most = k.amax(-1) - half[..., 0]
         if ctx.offsets is None:
-            most = most.masked_fill(~ctx.valid(most)[..., None], -torch.inf).amax(1, keepdim=True)
-            return half + most.masked_fill(most.isinf(), 0.0)[..., None]
+            return half + finite(self._greatest(k, half, ctx))
+        most = k.amax(-1) - half[..., 0]
         lengths = torch.tensor([stop - start for start, stop in ctx.spans()], device=most.device)
         document = torch.repeat_interleave(torch.arange(len(lengths), device=most.device), lengths)
         index = document[None, :, None].expand_as(most)
@@ -141,12 +156,19 @@ class Performer(FeatureAttention):
         return super().mixing_macs(length, past) + mapped
 
 
+def finite(most: Tensor) -> Tensor:
+    """0 for what no key has."""
+    return most.masked_fill(most.isinf(), 0.0)
+
+
 def projected(x: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
     """(..., head_width) -> W x (..., m) and |x|^2 / 2 (..., 1), x scaled; in float32 at least, since half precision
     would lose what a difference of exponents has to keep."""
     exact = torch.promote_types(x.dtype, torch.float32)
     x, scale = x.to(exact), x.shape[-1] ** -0.25
-    return x @ (omega.T.to(exact) * scale), x.square().sum(-1, keepdim=True) * (scale * scale / 2)
+    # One product over all rows, whose strides in a piece would otherwise make it one for every token.
+    seen = x.reshape(-1, x.shape[-1]) @ (omega.T.to(exact) * scale)
+    return seen.view(*x.shape[:-1], len(omega)), x.square().sum(-1, keepdim=True) * (scale * scale / 2)
 
 
 def exponents(x: Tensor, omega: Tensor) -> Tensor:
