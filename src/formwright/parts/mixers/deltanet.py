@@ -28,6 +28,7 @@ from formwright.parts.linears.dense import Dense
 from formwright.parts.mixers._projected import head_sizes
 from formwright.parts.norms.norms import RMSNorm
 from formwright.parts.short_conv import ShortConv
+from formwright.parts.streaming import refuse_rules
 from formwright.registry import Paper, register
 
 #: Feature maps of queries and keys; those with no negative value may be divided by their sum.
@@ -126,9 +127,7 @@ class DeltaNet(Part):
         return found
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        if not ctx.visible.simple:
-            why = "all earlier tokens are read through one memory"
-            raise SpecError(f"{ctx.path}: deltanet takes no window, prefix, segments or context rule, since {why}")
+        refuse_rules(ctx, "deltanet")
         if ctx.offsets is not None and ctx.state is not None:
             raise SpecError(f"{ctx.path}: deltanet streams in the padded layout; give lengths instead of offsets")
         x = ctx.clear(x)
