@@ -12,9 +12,6 @@ EXEMPT: dict[tuple[str, str], str] = {
     ),
     ("mixer:spiking-lmu", "shape"): STEP,
     ("channel:spiking-mlp", "shape"): STEP,
-    ("mixer:mamba2", "packed-apart"): (
-        "documents that share a chunk share its products, and nothing times NaN is NaN; rows of a batch stay apart"
-    ),
     ("mixer:performer", "gradients"): (
         "its random rows do not train, so they get no gradient; tests/parts/test_performer.py checks all others"
     ),
