@@ -81,9 +81,12 @@ def _run(form: Form, chunk: int, *given: Any) -> tuple[Tensor, Tensor]:
 def _differentiable(chunk: int, *given: Any) -> tuple[Tensor, Tensor]:
     """The form in PyTorch's operations, to which any derivative applies."""
     form = Chunked(chunk_of(given[0].shape[1], chunk))
-    run = partial(form.forward, keep=True)
-    y, final, *_ = run(*given) if given[-1] is None else apart(lambda *laid: run(*laid)[:2], list(given), form.q)
-    return y, final
+
+    def run(*laid: Any) -> tuple[Tensor, Tensor]:
+        y, final, *_ = form.forward(*laid, keep=True)
+        return y, final
+
+    return run(*given) if given[-1] is None else apart(run, list(given), form.q)
 
 
 class Form(Protocol):
