@@ -5,22 +5,13 @@ from __future__ import annotations
 #: A spike is a step, so rounding a current to bfloat16 can carry it over the threshold.
 STEP = "outputs jump where rounding crosses a threshold, so no bound on bfloat16 holds; tests/parts/test_lmu.py"
 
-#: What a recurrence does with a rule that restricts its past.
-DEAF = "it reads every earlier token and does not yet refuse a rule that says otherwise"
-
 EXEMPT: dict[tuple[str, str], str] = {
     ("linear:int8", "linear-cost"): (
         "its products run inside a oneDNN operation on a packed weight that has no shape to count, and its weights are "
         "buffers; tests/ops compare the operation itself"
     ),
-    ("mixer:lmu", "rules"): DEAF,
-    ("mixer:mamba2", "rules"): DEAF,
-    ("mixer:spiking-lmu", "rules"): DEAF,
     ("mixer:spiking-lmu", "shape"): STEP,
     ("channel:spiking-mlp", "shape"): STEP,
-    ("mixer:mamba2", "packed-apart"): (
-        "documents that share a chunk share its products, and nothing times NaN is NaN; rows of a batch stay apart"
-    ),
     ("mixer:performer", "gradients"): (
         "its random rows do not train, so they get no gradient; tests/parts/test_performer.py checks all others"
     ),

@@ -164,6 +164,17 @@ def test_rows_of_nothing_but_padding(case: Case) -> None:
         assert tensor.grad is None or not tensor.grad.any()
 
 
+@each("padding", *LAYER_KINDS, only=lambda part: part.traits.gradient != "none")
+def test_nan_in_the_padding_reaches_no_gradient(case: Case) -> None:
+    """Parameters learn from real tokens alone: nothing times NaN is NaN, so padding must not enter their products."""
+    part, (x, lengths) = case.build(), padded(rows(), float("nan"), spare=2)
+    ctx = furnished(part, x.nan_to_num()).replace(lengths=lengths)
+    y = part(x, ctx)
+    y[ctx.valid(x)].square().sum().backward()
+    for name, parameter in part.named_parameters():
+        assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
+
+
 @each("apart", *LAYER_KINDS)
 def test_nan_in_one_row_stays_there(case: Case) -> None:
     """Rows of several chunks, none a multiple of one; the others are as without it, in one pass and as streams."""

@@ -3,26 +3,12 @@ of a stream."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 from formwright.kit.errors import SpecError
-from formwright.ops import native
 from formwright.ops.causal_conv import causal_conv, causal_conv_reference
-
-LEVELS = range(1 + native.LEVELS.index(native.level() or "portable"))
-
-
-@pytest.fixture(params=LEVELS, ids=[native.LEVELS[i] for i in LEVELS])
-def level(request: pytest.FixtureRequest) -> Iterator[None]:
-    if native.library() is not None:
-        native.level(request.param)
-    yield
-    if native.library() is not None:
-        native.level(len(native.LEVELS))
 
 
 def drawn(*shape: int) -> torch.Tensor:
@@ -78,7 +64,7 @@ def assert_near(found: list[Tensor], wanted: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("shape", [(0, 5, 4), (1, 16, 4), (2, 20, 8), (9, 16, 2), (140, 40, 4), (261, 3, 3)], ids=str)
-def test_compiled_form_equals_the_definition(level: None, shape: tuple[int, int, int], silu: bool) -> None:
+def test_compiled_form_equals_the_definition(level: str, shape: tuple[int, int, int], silu: bool) -> None:
     length, channels, taps = shape
     lengths = torch.tensor([length, 0, length // 2])
     given = [drawn(3, length, 2 * channels), drawn(channels, taps), drawn(channels), drawn(3, taps - 1, channels)]
@@ -98,7 +84,7 @@ def test_compiled_form_equals_the_definition(level: None, shape: tuple[int, int,
 
 
 @pytest.mark.parametrize("taps", range(2, 9))
-def test_compiled_form_of_packed_documents(level: None, taps: int) -> None:
+def test_compiled_form_of_packed_documents(level: str, taps: int) -> None:
     borders = torch.tensor([0, 0, 70, 71, 71, 300, 303])
     given = [drawn(1, 303, 24), drawn(24, taps), drawn(6, taps - 1, 24)]
 

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from formwright.ops import native
 from formwright.ops.embedding import Source, embedding, embedding_reference
 from formwright.ops.int8_linear import quantize_weight
 
@@ -25,24 +24,10 @@ def drawn(rows: int, length: int, seed: int, bytes: bool) -> list[Source]:
     return [Source(tables[0], steps, ids[0], 1.5), Source(tables[1], None, ids[1]), Source(tables[2], None, None)]
 
 
-@pytest.fixture(params=range(3), ids=native.LEVELS)
-def level(request):
-    """Every instruction set of this machine."""
-    if native.library() is None:
-        pytest.skip("nothing was compiled")
-    if native.level(request.param) != native.LEVELS[request.param]:
-        native.level(len(native.LEVELS) - 1)
-        pytest.skip("this processor lacks it")
-    yield
-    native.level(len(native.LEVELS) - 1)
-
-
 @given(
     rows=st.integers(0, 3), length=st.integers(0, 90), bytes=st.booleans(), normed=st.booleans(), seed=st.integers(0, 9)
 )
-def test_the_kernel_is_the_definition(
-    level: None, rows: int, length: int, bytes: bool, normed: bool, seed: int
-) -> None:
+def test_the_kernel_is_the_definition(level: str, rows: int, length: int, bytes: bool, normed: bool, seed: int) -> None:
     sources = drawn(rows, length, seed, bytes)
     norm = (torch.linspace(0.5, 2, WIDTH), torch.linspace(-1, 1, WIDTH), 1e-5) if normed else ()
     torch.testing.assert_close(embedding(sources, *norm), embedding_reference(sources, *norm), rtol=1e-5, atol=1e-5)
@@ -62,7 +47,7 @@ def test_gradients_are_those_of_the_definition() -> None:
 
 
 @pytest.mark.parametrize("bad", [-1, 50])
-def test_ids_outside_a_table_are_an_error(level: None, bad: int) -> None:
+def test_ids_outside_a_table_are_an_error(level: str, bad: int) -> None:
     first, *others = drawn(1, 4, 0, bytes=False)
     ids = first.ids.clone()
     ids[0, 2] = bad
@@ -70,7 +55,7 @@ def test_ids_outside_a_table_are_an_error(level: None, bad: int) -> None:
         embedding([first._replace(ids=ids), *others])
 
 
-def test_a_row_of_nan_is_alone(level: None) -> None:
+def test_a_row_of_nan_is_alone(level: str) -> None:
     first, *others = drawn(1, 6, 3, bytes=False)
     first.table[first.ids[0, 1]] = torch.nan
     made = embedding([first, *others], torch.ones(WIDTH))

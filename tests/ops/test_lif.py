@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given
@@ -11,17 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from formwright.kit.errors import SpecError
-from formwright.ops import native
 from formwright.ops.lif import lif, lif_reference, lif_stepped
-
-LEVELS = range(1 + native.LEVELS.index(native.level() or "portable"))
-
-
-@pytest.fixture(params=LEVELS, ids=[native.LEVELS[i] for i in LEVELS], scope="module")
-def level(request: pytest.FixtureRequest) -> Iterator[None]:
-    native.level(request.param)
-    yield
-    native.level(len(native.LEVELS))
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -37,7 +25,7 @@ def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
     seed=st.integers(0, 99),
 )
 def test_equals_the_definition(
-    level: None, rows: int, length: int, channels: int, ragged: bool, started: bool, seed: int
+    level: str, rows: int, length: int, channels: int, ragged: bool, started: bool, seed: int
 ) -> None:
     current = drawn(rows, length, channels, seed=seed)
     start = drawn(rows, channels, seed=seed + 1).abs() / 4 if started else None
@@ -60,7 +48,7 @@ def test_equals_the_definition(
     torch.testing.assert_close(stepped[1], found[1][1].detach())
 
 
-def test_a_stream_gives_the_same_spikes_to_the_bit(level: None) -> None:
+def test_a_stream_gives_the_same_spikes_to_the_bit(level: str) -> None:
     current = drawn(2, 30, 19)
     whole, last = lif(current, tau=3.0, threshold=0.7)
     voltage, pieces = None, []

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from formwright.ops import native
 from formwright.ops.linear_attention import (
     causal_product,
     linear_attention,
@@ -19,15 +16,6 @@ from formwright.ops.linear_attention import (
     product,
 )
 from formwright.ops.linear_attention.product import chunked
-
-LEVELS = range(0 if native.library() is None else 1 + native.LEVELS.index(native.level() or "portable"))
-
-
-@pytest.fixture(params=LEVELS, ids=[native.LEVELS[i] for i in LEVELS])
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """One instruction set after another."""
-    yield native.level(request.param)  # type: ignore[misc]
-    native.level(len(native.LEVELS) - 1)
 
 
 def mapped(rows: int, length: int, heads: int, inner: int, outer: int, seed: int = 0) -> list[Tensor]:

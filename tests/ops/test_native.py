@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -23,7 +22,6 @@ from formwright.ops.attention.native import Heads, packed_attention_native
 from formwright.ops.int8_linear.native import ACTIVATIONS, NativeWeight, Norm, Step, Tail, Term, linear
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the compiled ops were not built on this machine")
-LEVELS = range(1 + native.LEVELS.index(native.level() or "portable"))
 REACHED: dict[str, object] = {
     "gelu": F.gelu,
     "gelu-tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -31,13 +29,6 @@ REACHED: dict[str, object] = {
     "silu": F.silu,
     "none": lambda x: x,
 }
-
-
-@pytest.fixture(params=LEVELS, ids=[native.LEVELS[i] for i in LEVELS], scope="module")
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """One instruction set after another; a weight laid out in a test is read by the same set."""
-    yield native.level(request.param)  # type: ignore[misc]
-    native.level(len(native.LEVELS))
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,16 +11,6 @@ from formwright.ops import native
 from formwright.ops.selective_scan import selective_scan, selective_scan_reference
 
 NAMES = ("x", "delta", "A", "B", "C", "D", "z", "initial")
-LEVELS = range(1 + native.LEVELS.index(native.level() or "portable"))
-
-
-@pytest.fixture(params=LEVELS, ids=[native.LEVELS[i] for i in LEVELS])
-def level(request: pytest.FixtureRequest) -> Iterator[None]:
-    if native.library() is not None:
-        native.level(request.param)
-    yield
-    if native.library() is not None:
-        native.level(len(native.LEVELS))
 
 
 def drawn(rows: int, length: int, channels: int, states: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
@@ -61,7 +49,7 @@ def test_two_levels_equal_the_definition(length: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 3), (9, 16, 16), (130, 40, 7)], ids=str)
-def test_compiled_form_equals_the_definition(level: None, shape: tuple[int, int, int]) -> None:
+def test_compiled_form_equals_the_definition(level: str, shape: tuple[int, int, int]) -> None:
     tensors, lengths = drawn(3, *shape, dtype=torch.float32), torch.tensor([shape[0], 0, shape[0] // 2])
     found = with_gradients(lambda held: selective_scan(**held, lengths=lengths), tensors)
     wanted = defined({name: t.double() for name, t in tensors.items()}, lengths)

@@ -179,6 +179,27 @@ def test_documents_end_to_end_are_alone() -> None:
     alike([final], [end], 1e-12)
 
 
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("form", [ssd, ssd_reference])
+def test_what_is_not_finite_stays_in_its_document(form, dtype: torch.dtype, twice: bool, level: str) -> None:
+    """Documents shorter than a chunk and of several; outputs, the last state, and gradients of what tokens bring."""
+    tensors, _ = draw(1, 110, 2, 1, dtype=dtype)
+    begins = torch.zeros(1, 110, dtype=torch.bool)
+    begins[0, [5, 9, 80, 84]] = True  # what is before the first begins with the given state
+    broken = [t.detach().clone().requires_grad_() for t in tensors]
+    with torch.no_grad():
+        for tokens in (broken[0], broken[1], broken[3], broken[4]):
+            tokens[:, 9:80] = float("nan")
+    clean, found = (outcome(form, held, begins, create_graph=twice) for held in (tensors, broken))
+    for index in (0, 2, 3, 5, 6):  # y, and the gradients of x, Δ, B and C
+        for inside in (slice(0, 9), slice(80, 110)):
+            torch.testing.assert_close(found[index][:, inside], clean[index][:, inside])
+        assert torch.isnan(found[index][:, 9:80]).any()
+    for index in (1, 8):  # the last state, and the gradient of the start
+        torch.testing.assert_close(found[index], clean[index])
+
+
 def test_strong_decay_and_long_memory_stay_finite(level: str) -> None:
     """Decays from 1 to exp(-20000) in one chunk, where differences of running sums would cancel."""
     (x, _, A, B, C, D, start), _ = draw(1, 200, 2, 1, dtype=torch.float32)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from kernels import compiled, interpreted, needs_triton
 
 SCRIPT = """
+from functools import partial
 import torch
 from formwright.ops.ssd import _Ssd, ssd_reference
+from formwright.ops.ssd.documents import apart
 from formwright.ops.ssd import triton as form
 
 form.CHUNK = 16  # the interpreter is slow, and chunks are what is tried
@@ -36,6 +38,21 @@ for rows, length, heads, groups, width, size, whole in cases:
     ]
     for found, exact in zip((*mine, *grads[0]), (*wanted, *grads[1])):
         torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+begins = torch.zeros(1, 18, dtype=torch.bool)
+begins[0, [3, 7]] = True
+outputs = []
+for bad in (0.0, float("nan")):
+    held = [t.detach().clone() for t in single]
+    for tokens in (held[0], held[1], held[3], held[4]):
+        tokens[:, 3:7] += bad
+    held = [t.requires_grad_() for t in held]
+    y, final = apart(partial(_Ssd.apply, kernels, kernels.q), [*held, None, None, begins], kernels.q)
+    outputs.append((y, *torch.autograd.grad(y[:, :3].sum() + y[:, 7:].sum(), (held[0], held[1], held[3], held[4]))))
+    assert torch.isfinite(final).all()
+for clean, broken in zip(*outputs):
+    for inside in (slice(0, 3), slice(7, 18)):
+        torch.testing.assert_close(broken[:, inside], clean[:, inside])
 
 y, _ = _Ssd.apply(kernels, 64, *single, None, None, None)
 (first,) = torch.autograd.grad(y.square().sum(), single[1], create_graph=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from formwright.ops import native
 from formwright.ops.attention import attention_reference
 from formwright.ops.window_attention import (
     Spans,
@@ -27,14 +24,6 @@ from formwright.ops.window_attention import (
     window_attention_blocked,
     window_attention_reference,
 )
-
-LEVELS = range(1 + native.LEVELS.index(native.level() or "portable"))
-
-
-@pytest.fixture(params=LEVELS, ids=[native.LEVELS[i] for i in LEVELS])
-def level(request: pytest.FixtureRequest) -> Iterator[str | None]:
-    yield native.level(request.param)
-    native.level(len(native.LEVELS))
 
 
 def tensors(batch: int, seen: Spans, heads: int, groups: int, head: int, dtype=torch.float64) -> list[Tensor]:
@@ -101,7 +90,7 @@ def test_blocked_equals_the_definition(name: str, length: int) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("length", "head"), [(1, 16), (50, 4), (150, 16), (131, 24), (97, 80)])
-def test_compiled_equals_the_definition(level: str | None, name: str, length: int, head: int) -> None:
+def test_compiled_equals_the_definition(level: str, name: str, length: int, head: int) -> None:
     seen = patterns(length)[name]
     inputs = tensors(2, seen, 4, 2, head, torch.float32)
     exact = [t.detach().double().requires_grad_() for t in inputs]
@@ -177,7 +166,7 @@ def test_half_precision_is_worked_in_single(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out.double(), wanted, rtol=1e-2, atol=1e-2)
 
 
-def test_extreme_scores_and_what_is_not_a_number(level: str | None) -> None:
+def test_extreme_scores_and_what_is_not_a_number(level: str) -> None:
     seen = patterns(80)["window and global"]
     q, k, v = (t.detach() for t in tensors(1, seen, 2, 2, 16, torch.float32))
     for by in (1e4, 0.0, 1e-30):

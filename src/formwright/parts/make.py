@@ -61,7 +61,7 @@ def construct(target: Any, name: str, width: int, options: Mapping[str, Any]) ->
     try:
         return target(width, **values)
     except FormwrightError as error:
-        raise type(error)(f"{name}: {error}") from None
+        raise type(error)("\n".join(f"{name}: {line}" for line in str(error).splitlines())) from None
 
 
 def _node(node: Mapping[str, Any] | str, what: str) -> tuple[str, dict[str, Any]]:

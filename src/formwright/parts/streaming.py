@@ -1,4 +1,5 @@
-"""What parts with a recurrence along the sequence share: documents as rows, and the bytes of what they remember."""
+"""What parts with a recurrence along the sequence share: documents as rows, the bytes of what they remember, and the
+rules that they cannot keep."""
 
 from __future__ import annotations
 
@@ -26,6 +27,14 @@ def by_rows(x: Tensor, ctx: Context, run: Callable[[Tensor, Tensor | None], Tens
     lengths = torch.tensor(sizes, device=x.device)
     made = run(pad_sequence(x[0].split(sizes), batch_first=True), lengths)
     return made[torch.arange(made.shape[1], device=x.device) < lengths[:, None]][None]
+
+
+def refuse_rules(ctx: Context, name: str) -> None:
+    """SpecError for a rule that a recurrence cannot keep: it reads all that came before and nothing after."""
+    if not ctx.visible.simple:
+        raise SpecError(
+            f"{ctx.path}: {name} reads every earlier token, so it takes no window, prefix, segments or context rule"
+        )
 
 
 def remembered(*shape: int, like: Tensor) -> Slot:

@@ -41,9 +41,9 @@ def prove(quick: bool, seed: int) -> list[Claim]:
 
 def _claims(quick: bool, seed: int) -> list[Claim]:
     seeds = [seed] if quick else [seed + number for number in range(5)]
-    models = [trained(WIDTH, BLOCKS, 20 if quick else 800, number) for number in seeds]
+    models = [trained(WIDTH, BLOCKS, 5 if quick else 800, number) for number in seeds]
     model, data, held = models[0]
-    calibration = rows(data, CALIBRATION, LENGTH)
+    calibration = rows(data, 3 if quick else CALIBRATION, LENGTH)
     return [
         planted(seed),
         *masking(model, calibration),

@@ -328,6 +328,11 @@ def states(c: Config) -> Data:
     return {"part": "states"}
 
 
+def language(c: Config) -> Data:
+    """The head of a language model, whose table is the stem's where the configuration says so."""
+    return {"part": "lm", "tied": True} if c.tie_word_embeddings else {"part": "lm", "vocab": c.vocab_size}
+
+
 def sequence_head(c: Config, **options: Any) -> Data:
     """A classifier of rows, or a regression where the configuration says so (one output, or by its problem type)."""
     kind = c.get("problem_type")

@@ -10,6 +10,7 @@ from formwright.hub.families._family import (
     Family,
     HeadForm,
     Maybe,
+    language,
     layernorm,
     lean,
     sequence_head,
@@ -19,10 +20,6 @@ from formwright.hub.families._family import (
 from formwright.hub.families._table import TRANSPOSED, fused, table
 from formwright.kit.errors import Refusal
 from formwright.registry import Paper, register
-
-
-def _language(c: Config) -> Data:
-    return {"part": "lm", "tied": True} if c.tie_word_embeddings else {"part": "lm", "vocab": c.vocab_size}
 
 
 def _tokens(c: Config) -> Data:
@@ -79,7 +76,7 @@ class GPT2(Family):
     heads = {
         "GPT2Model": HeadForm(states),
         "GPT2LMHeadModel": HeadForm(
-            _language, table(("heads.out.out.weight", "lm_head.weight")), {"lm_head.weight": "{p}wte.weight"}
+            language, table(("heads.out.out.weight", "lm_head.weight")), {"lm_head.weight": "{p}wte.weight"}
         ),
         "GPT2ForSequenceClassification": HeadForm(
             lambda c: sequence_head(c, pool="last", bias=False), table(("heads.out.out.weight", "score.weight"))

@@ -13,6 +13,7 @@ from formwright.hub.families._family import (
     Family,
     HeadForm,
     Maybe,
+    language,
     lean,
     sequence_head,
     states,
@@ -95,10 +96,6 @@ def rope_of(rotary: Data, head: int) -> Data:
     return {**made, **scaling}
 
 
-def _language(c: Config) -> Data:
-    return {"part": "lm", "tied": True} if c.tie_word_embeddings else {"part": "lm", "vocab": c.vocab_size}
-
-
 def _tokens(c: Config) -> Data:
     return token_head(c, dropout=float(c.get("classifier_dropout", c.get("hidden_dropout", 0.1))))
 
@@ -108,7 +105,7 @@ def decoder_heads(stem: str) -> dict[str, HeadForm]:
     return {
         f"{stem}Model": HeadForm(states),
         f"{stem}ForCausalLM": HeadForm(
-            _language, table(("heads.out.out.weight", "lm_head.weight")), {"lm_head.weight": "{p}embed_tokens.weight"}
+            language, table(("heads.out.out.weight", "lm_head.weight")), {"lm_head.weight": "{p}embed_tokens.weight"}
         ),
         f"{stem}ForSequenceClassification": HeadForm(
             lambda c: sequence_head(c, pool="last", bias=False), table(("heads.out.out.weight", "score.weight"))

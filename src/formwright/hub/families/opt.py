@@ -3,7 +3,18 @@ either pre-norm or (350M) post-norm (Zhang et al., 2022, 2205.01068)."""
 
 from __future__ import annotations
 
-from formwright.hub.families._family import Config, Data, Facts, Family, HeadForm, Maybe, layernorm, lean, sequence_head
+from formwright.hub.families._family import (
+    Config,
+    Data,
+    Facts,
+    Family,
+    HeadForm,
+    Maybe,
+    language,
+    layernorm,
+    lean,
+    sequence_head,
+)
 from formwright.hub.families._table import table
 from formwright.kit.errors import Refusal
 from formwright.registry import Paper, register
@@ -27,8 +38,7 @@ def _narrow(c: Config) -> int | None:
 
 
 def _language(c: Config) -> Data:
-    own = {"tied": True} if c.tie_word_embeddings else {"vocab": c.vocab_size}
-    return {"part": "lm", **own, **_out(c)}
+    return {**language(c), **_out(c)}
 
 
 @register("family", "opt", paper=Paper("Zhang et al.", 2022, "2205.01068"))

@@ -46,12 +46,12 @@ def mamba_790m(vocab: int = 50280, width: int = 1536, layers: int = 48, state: i
 
 
 @register("recipe", "mamba-1.4b", paper=PAPER, summary="Mamba with 1.4 billion parameters")
-def mamba_1b(vocab: int = 50280, width: int = 2048, layers: int = 48, state: int = 16) -> dict[str, Any]:
+def mamba_1b4(vocab: int = 50280, width: int = 2048, layers: int = 48, state: int = 16) -> dict[str, Any]:
     return language(vocab, width, layers, state)
 
 
 @register("recipe", "mamba-2.8b", paper=PAPER, summary="Mamba with 2.8 billion parameters")
-def mamba_3b(vocab: int = 50280, width: int = 2560, layers: int = 64, state: int = 16) -> dict[str, Any]:
+def mamba_2b8(vocab: int = 50280, width: int = 2560, layers: int = 64, state: int = 16) -> dict[str, Any]:
     return language(vocab, width, layers, state)
 
 

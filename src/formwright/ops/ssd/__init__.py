@@ -7,6 +7,7 @@ derivative is asked for, the chunked form itself is differentiated. Cost: linear
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from formwright.kit.errors import SpecError
 from formwright.ops import gpu
 from formwright.ops.native import differentiated
 from formwright.ops.ssd.chunked import Chunked
+from formwright.ops.ssd.documents import apart
 from formwright.ops.ssd.native import Compiled
 from formwright.ops.ssd.reference import ssd_quadratic, ssd_reference
 from formwright.registry import Paper, register
@@ -48,8 +50,9 @@ def ssd(
     """x (B, L, H, P), Δ ``dt`` (B, L, H), A (H), B and C (B, L, G, N), D (H) -> y (B, L, H, P), state (B, H, P, N).
 
     Head h reads group h G // H. ``start`` (B, H, P, N) is the state before the first token (default zero); a token with
-    Δ = 0 leaves the state as it is. ``resets`` (B, L) bool marks tokens that begin a document: no state passes into
-    them. Half-precision inputs are computed in float32, in which the state stays; y has the dtype of ``x``.
+    Δ = 0 leaves the state as it is. ``resets`` (B, L) bool marks tokens that begin a document: nothing passes into it
+    from before, not even what is no number (but under tracers and transforms, for which shapes may not depend on
+    values). Half-precision inputs are computed in float32, in which the state stays; y has the dtype of ``x``.
     SpecError where G does not divide H.
     """
     if x.shape[2] % B.shape[2]:
@@ -61,12 +64,37 @@ def ssd(
         return torch.zeros_like(x), empty if start is None else given[-1]  # type: ignore[return-value]
     given.append(resets)
     form = _form(given, Chunked(chunk_of(x.shape[1], chunk)))
-    y, final = _Ssd.apply(form, chunk, *given) if _by_hand(given) else form.forward(*given, keep=False)[:2]
+    if resets is None or form.q == 0 or _traced() or resets.is_meta:
+        y, final = _run(form, chunk, *given)
+    else:
+        y, final = apart(partial(_run, form, form.q), given, form.q)
     return y.to(x.dtype), final
 
 
+def _run(form: Form, chunk: int, *given: Any) -> tuple[Tensor, Tensor]:
+    if _by_hand(given):
+        return _Ssd.apply(form, chunk, *given)
+    y, final, *_ = form.forward(*given, keep=False)
+    return y, final
+
+
+def _differentiable(chunk: int, *given: Any) -> tuple[Tensor, Tensor]:
+    """The form in PyTorch's operations, to which any derivative applies."""
+    form = Chunked(chunk_of(given[0].shape[1], chunk))
+
+    def run(*laid: Any) -> tuple[Tensor, Tensor]:
+        y, final, *_ = form.forward(*laid, keep=True)
+        return y, final
+
+    return run(*given) if given[-1] is None else apart(run, list(given), form.q)
+
+
 class Form(Protocol):
-    """A way to compute: ``forward`` gives y, the final state, and what ``backward`` wants besides its inputs."""
+    """A way to compute: ``forward`` gives y, the final state, and what ``backward`` wants besides its inputs. ``q``:
+    tokens at whose multiples documents must begin to be apart; 0 where they may begin anywhere."""
+
+    @property
+    def q(self) -> int: ...
 
     def takes(self, *tensors: Tensor | None) -> bool: ...
 
@@ -92,7 +120,7 @@ def _traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
-def _by_hand(given: list[Tensor | None]) -> bool:
+def _by_hand(given: Sequence[Tensor | None]) -> bool:
     """Whether the backward pass written by hand is called for; transforms and tracers differentiate the torch form."""
     return not _traced() and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
 
@@ -115,8 +143,7 @@ class _Ssd(torch.autograd.Function):
         if dy is None and dfinal is None:
             found: Any = [None] * len(given)
         elif torch.is_grad_enabled():
-            run = partial(general.forward, keep=True)
-            found = differentiated(run, given, wanted, grads)
+            found = differentiated(partial(_differentiable, ctx.chunk), given, wanted, grads)
         else:
             if not form.takes(dy, dfinal):
                 form, kept = general, general.forward(*given, keep=True)[2:]

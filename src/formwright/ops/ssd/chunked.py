@@ -7,6 +7,8 @@ where it is differentiated the exponential of a masked running sum: never a diff
 The backward pass keeps the states between chunks only. The gradient of the logarithm of decay k sums what passes it:
 pairs of tokens on either side, tokens and the chunk's borders, and both borders. No difference of sums here either.
 
+Documents are apart where each begins a chunk, see ``documents``; elsewhere as long as all of a chunk is finite.
+
 Cost a token and head of width P with states of N, G groups for H heads: q P + 2 P N multiply-accumulates forward (and
 q N G / H once a group), about twice that backward.
 """
@@ -113,8 +115,10 @@ def chunked_forward(
     shape = (rows, groups, heads // groups * width, size)
     state = x.new_zeros(shape) if start is None else start.reshape(shape)
     through = p.through.expand(-1, -1, -1, -1, width, 1).flatten(3, 4)
+    begin = _begin(resets, q)
     states = []
     for index in range(p.values.shape[1]):
+        state = state if begin is None else state.masked_fill(begin[:, index], 0.0)
         states.append(state)
         state = torch.addcmul(written[:, index], through[:, index], state)
     before = torch.stack(states, 1)
@@ -156,10 +160,12 @@ def chunked_backward(
     dread = entering.mT @ p.queries
     through = p.through.expand(-1, -1, -1, -1, width, 1).flatten(3, 4)
     dstate = torch.zeros_like(dread[:, 0]) if dfinal is None else dfinal.reshape(dread[:, 0].shape)
+    begin = _begin(resets, q)
     dstates = []
     for index in reversed(range(dread.shape[1])):
         dstates.append(dstate)
         dstate = torch.addcmul(dread[:, index], through[:, index], dstate)
+        dstate = dstate if begin is None else dstate.masked_fill(begin[:, index], 0.0)
     after = torch.stack(dstates[::-1], 1)
     dC = dscores @ p.keys + entering @ before
     dB = dscores.mT @ p.queries + leaving @ after
@@ -178,6 +184,11 @@ def chunked_backward(
     dB, dC = (t.transpose(2, 3).flatten(1, 2)[:, :length] for t in (dB, dC))
     dstart = dstate.reshape(*x.shape[:1], *x.shape[2:], B.shape[3])
     return dx, ddt, dA, dB, dC, dD, dstart
+
+
+def _begin(resets: Tensor | None, q: int) -> Tensor | None:
+    """(b, n, 1, 1, 1): chunks that begin with a document, into which no state passes."""
+    return None if resets is None else resets[:, ::q, None, None, None]
 
 
 class Chunked(NamedTuple):

@@ -8,8 +8,8 @@ struct Decays {
   float into[CHUNK], out[CHUNK];    // from the chunk's start to a token, from it to the end
   float through;
 
-  void read(const Call& call, int64_t row, int64_t head, int64_t chunk) {
-    const int64_t token = row * call.length + chunk * CHUNK, tokens = call.tokens(chunk);
+  void read(const Call& call, int64_t head, int64_t chunk) {
+    const int64_t token = call.borders[chunk], tokens = call.tokens(chunk);
     for (int64_t i = 0; i < CHUNK; ++i) {
       step[i] = i < tokens ? call.dt.at(token + i)[head] : 0.0f;
       decay[i] = i < tokens ? decay_of(call, token + i, head) : 1.0f;
@@ -20,7 +20,7 @@ struct Decays {
   }
 
   static float decay_of(const Call& call, int64_t token, int64_t head) {
-    return call.resets != nullptr && call.resets[token] ? 0.0f : std::exp(call.dt.at(token)[head] * call.A[head]);
+    return call.resets_at(token) ? 0.0f : std::exp(call.dt.at(token)[head] * call.A[head]);
   }
 
   // M (64, 64): the product of the decays after j up to i, 0 above the diagonal.
@@ -52,10 +52,9 @@ struct Head {
     free += floats;
     return taken;
   }
-  int64_t first(int64_t chunk) const { return row * call.length + chunk * CHUNK; }
   int64_t stride() const { return call.heads * call.width; }
   // Of (tokens, heads, width) contiguous: the chunk's first entry of this head.
-  float* rows_of(float* tokens, int64_t chunk) const { return tokens + first(chunk) * stride() + head * call.width; }
+  float* rows_of(float* tokens, int64_t chunk) const { return tokens + call.borders[chunk] * stride() + head * call.width; }
   // A state (width, size), or zeros where there is none -> (wide, deep).
   void load_state(const float* states, float* to) const {
     const bool given = states != nullptr;
@@ -68,7 +67,7 @@ struct Head {
   }
   void read(const fw::Tokens& from, int64_t chunk, float* to) const {
     const int64_t tokens = call.tokens(chunk), padded = whole(tokens, ROWS);
-    gather(from.at(first(chunk)) + head * call.width, from.stride, tokens, call.width, 1, to, padded, wide);
+    gather(from.at(call.borders[chunk]) + head * call.width, from.stride, tokens, call.width, 1, to, padded, wide);
   }
 };
 
@@ -97,10 +96,10 @@ static float dot(const float* a, const float* b, int64_t count) {
 }
 
 // A chunk of a group: B, C and their scores.
-static void cut(const Call& call, int64_t row, int64_t group, int64_t chunk) {
-  const int64_t token = row * call.length + chunk * CHUNK, tokens = call.tokens(chunk), rows = whole(tokens, ROWS);
+static void cut(const Call& call, int64_t chunk, int64_t group) {
+  const int64_t token = call.borders[chunk], tokens = call.tokens(chunk), rows = whole(tokens, ROWS);
   const int64_t deep = call.deep();
-  const Block block(call, call.blocks, row, group, chunk);
+  const Block block(call, call.blocks, chunk, group);
   float* keys = static_cast<float*>(fw::scratch(3, static_cast<size_t>(deep * CHUNK) * sizeof(float)));
   gather(call.B.at(token) + group * call.size, call.B.stride, tokens, call.size, 1, block.b, rows, deep);
   gather(call.C.at(token) + group * call.size, call.C.stride, tokens, call.size, 1, block.c, rows, deep);
@@ -116,13 +115,14 @@ static void step(const Call& call, int64_t row, int64_t head) {
   const float *B = call.B.at(row) + group * size, *C = call.C.at(row) + group * size;
   const float* x = call.x.at(row) + head * call.width;
   const float step = call.dt.at(row)[head], decay = Decays::decay_of(call, row, head);
+  const float* start = call.resets_at(row) ? nullptr : call.start;
   for (int64_t p = 0; p < call.width; ++p) {
     const int64_t at = own + p * size;
     const float value = step * x[p];
     Lanes sum{};
     for (int64_t n = 0; n < size; n += WIDTH) {
       const int64_t count = size - n;
-      const Lanes before = call.start == nullptr ? Lanes{} : decay * load(call.start + at + n, count);
+      const Lanes before = start == nullptr ? Lanes{} : decay * load(start + at + n, count);
       const Lanes now = fma(all(value), load(B + n, count), before);
       store(call.final + at + n, now, count);
       sum = fma(now, load(C + n, count), sum);
@@ -139,12 +139,13 @@ static void forward(const Call& call, int64_t row, int64_t which) {
   Decays decays;
   at.load_state(call.start, turned);
   transpose(turned, wide, deep, state, wide);
-  for (int64_t chunk = 0; chunk < call.chunks(); ++chunk) {
-    const Block block(call, call.blocks, row, at.group, chunk);
-    const int64_t tokens = call.tokens(chunk), rows = whole(tokens, ROWS);
+  for (int64_t chunk = call.firsts[row]; chunk < call.firsts[row + 1]; ++chunk) {
+    const Block block(call, call.blocks, chunk, at.group);
+    const int64_t first = call.borders[chunk], tokens = call.tokens(chunk), rows = whole(tokens, ROWS);
+    if (call.resets_at(first)) std::fill_n(state, all_of, 0.0f);
     if (call.states != nullptr)
-      std::memcpy(call.state_at(row, which, chunk), state, static_cast<size_t>(all_of) * sizeof(float));
-    decays.read(call, row, which, chunk);
+      std::memcpy(call.state_at(chunk, which), state, static_cast<size_t>(all_of) * sizeof(float));
+    decays.read(call, which, chunk);
     at.read(call.x, chunk, x);
     scale_rows(x, wide, decays.step, rows);
     decays.mask(weights, rows);
@@ -153,7 +154,7 @@ static void forward(const Call& call, int64_t row, int64_t which) {
     scale_rows(y, wide, decays.into, rows);
     product(y, wide, {weights, CHUNK, 1}, x, wide, rows, wide, rows, 1, true, FROM_LOWER);
     for (int64_t i = 0; i < tokens && call.D != nullptr; ++i) {
-      const float* given = call.x.at(at.first(chunk) + i) + which * call.width;
+      const float* given = call.x.at(first + i) + which * call.width;
       for (int64_t p = 0; p < call.width; ++p) y[i * wide + p] += call.D[which] * given[p];
     }
     scatter(y, wide, tokens, call.width, 1, at.rows_of(call.y, chunk), at.stride());
@@ -191,13 +192,14 @@ static void backward_head(const Call& call, int64_t row, int64_t which, float* d
   double dA = 0.0, dD = 0.0;
   Decays decays;
   at.load_state(call.dfinal, dstate);
-  for (int64_t chunk = call.chunks() - 1; chunk >= 0; --chunk) {
-    const Block block(call, call.blocks, row, at.group, chunk), grads(call, dblocks, row, at.group, chunk);
-    const int64_t tokens = call.tokens(chunk), rows = whole(tokens, ROWS), first = at.first(chunk);
-    decays.read(call, row, which, chunk);
+  for (int64_t chunk = call.firsts[row + 1] - 1; chunk >= call.firsts[row]; --chunk) {
+    const Block block(call, call.blocks, chunk, at.group), grads(call, dblocks, chunk, at.group);
+    const int64_t tokens = call.tokens(chunk), rows = whole(tokens, ROWS), first = call.borders[chunk];
+    const bool begins = call.resets_at(first);
+    decays.read(call, which, chunk);
     at.read(call.x, chunk, x);
     at.read(call.dy, chunk, dy);
-    transpose(call.state_at(row, which, chunk), deep, wide, state, deep);
+    transpose(call.state_at(chunk, which), deep, wide, state, deep);
     transpose(dstate, wide, deep, dturned, wide);
     decays.mask(mask, rows);
     multiply(mask, block.scores, rows * CHUNK, weights, false);
@@ -234,13 +236,13 @@ static void backward_head(const Call& call, int64_t row, int64_t which, float* d
     const float across = decays.through * dot(state, dstate, all_of);
     scale(dstate, all_of, decays.through);
     product(dstate, deep, {dy, 1, wide}, block.c, deep, wide, deep, rows, 1, true, ALL);
+    if (begins) std::fill_n(dstate, all_of, 0.0f);
 
     // Decay k passes what is written before it and read from it on.
     float behind = across, before = 0.0f;
     for (int64_t k = tokens - 1; k >= 0; --k) dlogs[k] += behind += late[k];
     for (int64_t k = 0; k < tokens; ++k) {
-      const bool reset = call.resets != nullptr && call.resets[first + k];
-      const float dlog = reset ? 0.0f : dlogs[k] + before;
+      const float dlog = k == 0 && begins ? 0.0f : dlogs[k] + before;
       before += early[k];
       call.ddt[(first + k) * call.heads + which] = toward[k] + call.A[which] * dlog;
       dA += decays.step[k] * dlog;
@@ -251,21 +253,22 @@ static void backward_head(const Call& call, int64_t row, int64_t which, float* d
   call.dD[row * call.heads + which] = static_cast<float>(dD);
 }
 
-static void backward(const Call& call, int64_t row, int64_t group, int64_t slice) {
+static void backward(const Call& call, int64_t row, int64_t part) {
+  const int64_t group = part / call.slices, slice = part % call.slices;
   const int64_t shared = call.heads / call.groups, first = group * shared + slice * shared / call.slices;
   const int64_t last = group * shared + (slice + 1) * shared / call.slices;
-  float* dblocks = call.dblocks + slice * call.rows * call.groups * call.chunks() * call.block_floats();
+  float* dblocks = call.dblocks + slice * call.chunks() * call.groups * call.block_floats();
   for (int64_t head = first; head < last; ++head) backward_head(call, row, head, dblocks, head > first);
 }
 
 // The slices of a group's chunk added up, and from them dB and dC.
-static void join(const Call& call, int64_t row, int64_t group, int64_t chunk) {
-  const int64_t token = row * call.length + chunk * CHUNK, tokens = call.tokens(chunk), rows = whole(tokens, ROWS);
+static void join(const Call& call, int64_t chunk, int64_t group) {
+  const int64_t token = call.borders[chunk], tokens = call.tokens(chunk), rows = whole(tokens, ROWS);
   const int64_t deep = call.deep(), stride = call.groups * call.size, place = token * stride + group * call.size;
-  const Block block(call, call.blocks, row, group, chunk), sum(call, call.dblocks, row, group, chunk);
+  const Block block(call, call.blocks, chunk, group), sum(call, call.dblocks, chunk, group);
   for (int64_t slice = 1; slice < call.slices; ++slice) {
-    float* dblocks = call.dblocks + slice * call.rows * call.groups * call.chunks() * call.block_floats();
-    const Block more(call, dblocks, row, group, chunk);
+    float* dblocks = call.dblocks + slice * call.chunks() * call.groups * call.block_floats();
+    const Block more(call, dblocks, chunk, group);
     gain(more.b, rows * deep, sum.b, true);
     gain(more.c, rows * deep, sum.c, true);
     gain(more.scores, rows * CHUNK, sum.scores, true);

@@ -32,6 +32,8 @@ def ssd_reference(
     out = []
     for t in range(x.shape[1]):
         written = (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
+        if resets is not None:
+            state = state.masked_fill(resets[:, t, None, None, None], 0.0)
         state = decay[:, t, :, None, None] * state + written
         out.append((state * C[:, t, :, None]).sum(-1))
     y = torch.stack(out, 1) if out else torch.zeros_like(x)

@@ -1,9 +1,10 @@
 """The state-space dual on a GPU: one program a row and head, which walks its chunks with the state on the chip.
 
 The mathematics is that of ``chunked``, with decays as exponentials of masked running sums; products are in full
-float32. The forward pass stores the state before every chunk, and the backward pass makes the rest again from it;
-gradients of B and C are left for every head and summed over groups behind it, so they do not depend on the order in
-which programs finish. This module needs the package triton and is imported only where a tensor is on a GPU.
+float32. Documents are apart where each begins a chunk, see ``documents``. The forward pass stores the state before
+every chunk, and the backward pass makes the rest again from it; gradients of B and C are left for every head and summed
+over groups behind it, so they do not depend on the order in which programs finish. This module needs the package triton
+and is imported only where a tensor is on a GPU.
 """
 
 from __future__ import annotations
@@ -57,6 +58,14 @@ def decays(logs, q: tl.constexpr):
 
 
 @triton.jit
+def passed(state, logs_at, chunk, row, head, length, heads, q: tl.constexpr):
+    """What of a state, or of its gradient, passes the start of a chunk: nothing, not even NaN, where a document begins
+    and the first decay is zero."""
+    first = tl.load(logs_at + (row * length + chunk * q) * heads + head)
+    return tl.where(first == float("-inf"), 0.0, state)
+
+
+@triton.jit
 def forward_kernel(
     x_at, dt_at, logs_at, b_at, c_at, skip_at, start_at, y_at, final_at, states_at,
     length, chunks, heads, groups, width, size,
@@ -70,6 +79,7 @@ def forward_kernel(
     at, held = matrix(start_at, row * heads + head, width, size, wide, deep)
     state = tl.load(at, mask=held, other=0.0)
     for chunk in range(chunks):
+        state = passed(state, logs_at, chunk, row, head, length, heads, q)
         at, held = matrix(states_at, (row * chunks + chunk) * heads + head, width, size, wide, deep)
         tl.store(at, state, mask=held)
         step = chunk * q + i
@@ -146,6 +156,7 @@ def backward_kernel(
         at, of_b = tokens(db_at, chunk, row, head, length, heads, size, q, deep)
         tl.store(at, product(tl.trans(dscores), c) + product(out[:, None] * values, dstate), mask=of_b)
         dstate = through * dstate + product(tl.trans(entering), c)
+        dstate = passed(dstate, logs_at, chunk, row, head, length, heads, q)
     at, held = matrix(dstart_at, row * heads + head, width, size, wide, deep)
     tl.store(at, dstate, mask=held)
 
@@ -164,6 +175,10 @@ def _sizes(x: Tensor, B: Tensor) -> tuple[tuple[int, ...], dict[str, int]]:
 
 class Kernels:
     """The form by the kernels."""
+
+    @property
+    def q(self) -> int:
+        return CHUNK
 
     @staticmethod
     def takes(*tensors: Tensor | None) -> bool:

@@ -43,7 +43,7 @@ class ConvMLP(Part):
         self.down_norm = BatchNorm(width)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        hidden = self.activation(self.up_norm(self.up(x, ctx), ctx))
+        hidden = self.activation(self.up_norm(self.up(ctx.clear(x), ctx), ctx))
         ctx.note("hidden", hidden)
         return self.out_activation(self.down_norm(self.down(hidden, ctx), ctx))
 
@@ -72,6 +72,7 @@ class SpikingMLP(Part):
         return {layer.slot: remembered(norm.weight.numel(), like=norm.weight) for layer, norm in pairs}
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        x = ctx.clear(x)
         steps = ((self.up, self.up_norm, self.up_lif), (self.down, self.down_norm, self.down_lif))
         for linear, norm, layer in steps:
             x = linear(layer(norm(x, ctx), ctx), ctx) if self.form == "pre" else layer(norm(linear(x, ctx), ctx), ctx)

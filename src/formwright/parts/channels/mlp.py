@@ -39,7 +39,7 @@ class MLP(Part):
             step = self.step(ctx, None, joins=False)
             if step is not None and step.takes(x):
                 return step.run((step,), x, [])
-        hidden = self.activation(self.up(x, ctx))
+        hidden = self.activation(self.up(ctx.clear(x), ctx))
         ctx.note("hidden", hidden)
         if tail is not None:
             return self.down.joined(hidden, tail)
@@ -74,7 +74,7 @@ class GatedMLP(Part):
         self.down = Dense(hidden, width, bias, "down")
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        gate, up = project([self.gate, self.up], x, ctx)
+        gate, up = project([self.gate, self.up], ctx.clear(x), ctx)
         gate = self.activation(gate)  # in its own place: of a long row, one more tensor of this width is much memory
         hidden = gate * up
         ctx.note("hidden", hidden)

@@ -98,7 +98,7 @@ class Parallel(_Several):
     def __init__(self, width: int, *, parts: list[dict], fuse: Literal["sum", "mean", "weighted"] = "sum") -> None:
         super().__init__(width, parts)
         if fuse not in ("sum", "mean", "weighted"):
-            raise SpecError(f"parallel: fuse {fuse!r} is none of sum, mean, weighted")
+            raise SpecError(f"fuse {fuse!r} is none of sum, mean, weighted")
         self.fuse = fuse
         self.logits = nn.Parameter(torch.empty(len(parts))) if fuse == "weighted" else None
 

@@ -125,7 +125,7 @@ class Scan(_Walks):
     ) -> None:
         chosen = CROSS if orders is None else tuple(orders)
         if not chosen:
-            raise SpecError("scan: orders must name at least one order")
+            raise SpecError("orders must name at least one order")
         for name in chosen:
             check_order(name)
         super().__init__(width, [mixer] * (1 if share else len(chosen)), chosen, merge)
@@ -155,7 +155,7 @@ class Bidirectional(_Walks):
         self, width: int, *, mixer: dict, reverse: dict | None = None, share: bool = False, merge: Merge = "sum"
     ) -> None:
         if share and reverse is not None:
-            raise SpecError("bidirectional: share=true means one mixer, so it takes no reverse=")
+            raise SpecError("share=true means one mixer, so it takes no reverse=")
         nodes = [mixer] if share else [mixer, mixer if reverse is None else reverse]
         super().__init__(width, nodes, ("row", "row-reversed"), merge)
 

@@ -346,7 +346,7 @@ class Attention(Part):
         if self.memory not in ctx.memory:
             raise SpecError(f"{ctx.path}: cross-attention reads memory {self.memory!r}, which this call does not carry")
         memory = ctx.memory[self.memory]
-        q = self.q(x, ctx).unflatten(-1, (-1, self.head_width))
+        q = self.q(ctx.clear(x), ctx).unflatten(-1, (-1, self.head_width))
 
         source = Context(lengths=memory.lengths).clear(memory.x)
 

@@ -23,6 +23,7 @@ from formwright.ops.combiner.stream import Call, fixed_start, fixed_stream
 from formwright.parts.base import Cost, Part, Shape, Slot, Traits, dropout, element_bytes, project
 from formwright.parts.context import EMPTY, Context
 from formwright.parts.linears.dense import Dense
+from formwright.parts.mixers._projected import head_sizes
 from formwright.parts.positions import check_rotary, rotary_angles, rotate
 from formwright.registry import Paper, register
 
@@ -72,18 +73,13 @@ class Combiner(Part):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if heads < 1 or (head_width is None and width % heads):
-            raise SpecError(f"heads={heads} does not divide width {width}; give head_width")
+        _, head = head_sizes(width, heads, None, head_width)
         if block is not None and (block < 1 or plan == "logsparse"):
             raise SpecError(f"block={block} must be at least 1, and plan 'logsparse' takes none")
         if scale is not None and scale <= 0:
             raise SpecError(f"scale={scale} must be above 0: a maximum of queries is scaled after it is taken")
-        head = width // heads if head_width is None else head_width
         if rotary is not None:
-            check_rotary(rotary)
-            turned = rotary.get("width") or head
-            if turned > head or turned % 2:
-                raise SpecError(f"rotary turns pairs of a head's {head} entries, so its width cannot be {turned}")
+            check_rotary(rotary, head)
         self.head_width, self.plan, self.block, self.causal = head, plan, block, causal
         self.pool = "mean" if abstraction == "mean" else "max"
         self.rotary, self.scale, self.rate = rotary, scale, dropout

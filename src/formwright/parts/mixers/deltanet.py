@@ -29,6 +29,7 @@ from formwright.parts.mixers._projected import head_sizes
 from formwright.parts.norms.norms import RMSNorm
 from formwright.parts.pieces import pieced
 from formwright.parts.short_conv import ShortConv
+from formwright.parts.streaming import refuse_rules
 from formwright.registry import Paper, register
 
 #: Feature maps of queries and keys; those with no negative value may be divided by their sum.
@@ -128,9 +129,7 @@ class DeltaNet(Part):
 
     @pieced
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        if not ctx.visible.simple:
-            why = "all earlier tokens are read through one memory"
-            raise SpecError(f"{ctx.path}: deltanet takes no window, prefix, segments or context rule, since {why}")
+        refuse_rules(ctx, "deltanet")
         if ctx.offsets is not None and ctx.state is not None:
             raise SpecError(f"{ctx.path}: deltanet streams in the padded layout; give lengths instead of offsets")
         x = ctx.clear(x)

@@ -22,7 +22,7 @@ from formwright.parts.legendre import Cell, SpikingCell, spiked
 from formwright.parts.linears.dense import Dense
 from formwright.parts.norms.batch import BatchNorm
 from formwright.parts.spikes import LIF
-from formwright.parts.streaming import remembered, slot_bytes
+from formwright.parts.streaming import refuse_rules, remembered, slot_bytes
 from formwright.registry import Paper, register
 
 AXES = {
@@ -81,7 +81,8 @@ class LMU(Part):
         return self.cell.slots()
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        return spiked(self.out(self.cell(x, ctx), ctx), self.norm, None, ctx)
+        refuse_rules(ctx, "lmu")
+        return spiked(self.out(self.cell(ctx.clear(x), ctx), ctx), self.norm, None, ctx)
 
 
 @register(
@@ -132,7 +133,8 @@ class SpikingLMU(Part):
         return {**self.cell.slots(), **self._own()}
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        x = spiked(x, self.norm_in, self.lif_in, ctx)
+        refuse_rules(ctx, "spiking-lmu")
+        x = spiked(ctx.clear(x), self.norm_in, self.lif_in, ctx)
         return spiked(self.out(self.cell(x, ctx), ctx), self.norm, self.lif_out, ctx)
 
     def cost(self, shape: Shape, knobs: Mapping[str, Any] = EMPTY) -> Cost:

@@ -27,6 +27,7 @@ from formwright.parts.context import EMPTY, Context
 from formwright.parts.linears.dense import Dense
 from formwright.parts.pieces import pieced
 from formwright.parts.short_conv import ShortConv
+from formwright.parts.streaming import refuse_rules
 from formwright.registry import Paper, register
 
 #: What may be chosen by the token; each of them otherwise is a learned constant.
@@ -213,7 +214,7 @@ def step_rank(width: int, rank: int | None) -> int:
 def check(inner: int, state: int, rank: int, selective: Sequence[str]) -> None:
     for name, value in (("expand", inner), ("state", state), ("rank", rank)):
         if value < 1:
-            raise SpecError(f"mamba: {name} must be at least 1")
+            raise SpecError(f"{name} must be at least 1")
     for name in selective:
         if name not in SELECTIVE:
             raise SpecError(unknown("selective", name, SELECTIVE))
@@ -221,14 +222,8 @@ def check(inner: int, state: int, rank: int, selective: Sequence[str]) -> None:
 
 def check_depth(depth: int) -> int:
     if depth < 1:
-        raise SpecError(f"mamba: depth={depth} must be at least 1")
+        raise SpecError(f"depth={depth} must be at least 1")
     return depth
-
-
-def refuse_rules(ctx: Context, name: str) -> None:
-    """SpecError for a rule that a recurrence cannot keep: it reads all that came before and nothing after."""
-    if not ctx.visible.simple:
-        raise SpecError(f"{ctx.path}: {name} reads every earlier token, so it takes no window, prefix or segments")
 
 
 def uniform(slot: Dense, factor: float = 1.0) -> None:

@@ -27,6 +27,7 @@ from formwright.parts.context import EMPTY, Context
 from formwright.parts.linears.dense import Dense
 from formwright.parts.pieces import pieced
 from formwright.parts.short_conv import ShortConv
+from formwright.parts.streaming import refuse_rules
 from formwright.registry import Paper, register
 
 #: Steps Δ start between these, and no lower than the floor.
@@ -159,6 +160,7 @@ class Mamba2(Part):
 
     @pieced
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        refuse_rules(ctx, "mamba2")
         heads, inner, shared = self.heads, self.inner, self.groups * self.state
         sizes = (inner, inner + 2 * shared, heads)
         z, mixed, steps = self.in_proj(ctx.clear(x), ctx).split(sizes, -1)
@@ -212,7 +214,7 @@ def _problems(
     inner: int, state: int, head_width: int, groups: int, pieces: int, steps: Sequence[float | None], chunk: int
 ) -> list[str]:
     found = [
-        f"mamba2: {name}={value!r} must be a whole number of at least 1"
+        f"{name}={value!r} must be a whole number of at least 1"
         for name, value in {"expand*width": inner, "state": state, "head_width": head_width, "groups": groups,
                             "norm_groups": pieces, "chunk": chunk}.items()
         if isinstance(value, bool) or not isinstance(value, int) or value < 1
@@ -220,12 +222,12 @@ def _problems(
     if found:
         return found
     if inner % head_width:
-        found.append(f"mamba2: head_width={head_width} must divide expand * width = {inner}")
+        found.append(f"head_width={head_width} must divide expand * width = {inner}")
     elif inner // head_width % groups:
-        found.append(f"mamba2: groups={groups} must divide the {inner // head_width} heads")
+        found.append(f"groups={groups} must divide the {inner // head_width} heads")
     if inner % pieces:
-        found.append(f"mamba2: norm_groups={pieces} must divide expand * width = {inner}")
+        found.append(f"norm_groups={pieces} must divide expand * width = {inner}")
     bounds = [bound for bound in steps if bound is not None]
     if len(steps) != 2 or any(bound < 0 for bound in bounds) or bounds != sorted(bounds):
-        found.append(f"mamba2: step_range={list(steps)} must be a least and a greatest step, both from 0 up, or null")
+        found.append(f"step_range={list(steps)} must be a least and a greatest step, both from 0 up, or null")
     return found
