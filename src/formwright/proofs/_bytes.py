@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -55,18 +55,27 @@ def rows(data: Tensor, count: int, length: int) -> Tensor:
 def train(
     model: Any, data: Tensor, steps: int, seed: int, *, batch: int = 16, length: int = 64, lr: float = 3e-3
 ) -> Any:
-    """AdamW with warm-up and linear decay; the same rows for every model of a seed. Returns the model in eval mode."""
+    """:func:`descend` on rows of ``data``; the same rows for every model of a seed."""
     generator = torch.Generator().manual_seed(seed)
+
+    def nats(step: int) -> Tensor:
+        starts = torch.randint(0, len(data) - length - 1, (batch,), generator=generator)
+        drawn = torch.stack([data[start : start + length + 1] for start in starts.tolist()])
+        return F.cross_entropy(model(drawn[:, :-1]).flatten(0, 1), drawn[:, 1:].flatten())
+
+    return descend(model, nats, steps, lr)
+
+
+def descend(model: Any, nats: Callable[[int], Tensor], steps: int, lr: float, warm: int = 20) -> Any:
+    """AdamW on ``nats`` of each step, with ``warm`` steps of warm-up and linear decay. Returns the model in eval
+    mode."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     model.train()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 20) * (1 - 0.9 * step / steps)
-        starts = torch.randint(0, len(data) - length - 1, (batch,), generator=generator)
-        drawn = torch.stack([data[start : start + length + 1] for start in starts.tolist()])
-        loss = F.cross_entropy(model(drawn[:, :-1]).flatten(0, 1), drawn[:, 1:].flatten())
+            group["lr"] = lr * min(1.0, (step + 1) / warm) * (1 - 0.9 * step / steps)
         optimizer.zero_grad()
-        loss.backward()
+        nats(step).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return model.eval()
