@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from formwright.kit.errors import SpecError
-from formwright.parts.base import Cost, Part, Shape, Step, Tail, cost_sum
+from formwright.parts.base import Cost, Part, Shape, Step, Tail, cost_sum, hooked
 from formwright.parts.context import Context
 
 Order = Literal["pre", "post", "sandwich"]
@@ -128,11 +128,11 @@ class Residual(Item):
         inner = ctx.at(self.local)
         plain = getattr(combine, "plain", False)
         direct = plain and norm_out is None and not inner.wants("output")
-        direct = direct and (inner.offsets is None or part.traits.packed)
+        direct = direct and (inner.offsets is None or part.traits.packed) and not hooked(part)
         if direct:
             step = part.step(inner, norm, not post)
             if step is not None and step.takes(x):
-                return step.run((step,), x, inner.spans() if inner.offsets is not None else []), ctx
+                return step.run((step,), x, inner.spans()), ctx
         seen = x if norm is None or post else norm(x)
         if direct and part.finishes(tail := Tail(x, norm if post else None)):
             return part(seen, inner, tail), ctx
@@ -155,11 +155,10 @@ class Residual(Item):
         part, norm, combine = held.get("part"), held.get("norm"), held.get("combine")
         if part is None or held.get("norm_out") is not None or ctx.notes is not None:
             return None
-        # Who hooks into an item or a part wants it to be called.
-        if self._forward_hooks or self._forward_pre_hooks or part._forward_hooks or part._forward_pre_hooks:
+        if not getattr(combine, "plain", False) or hooked(self) or hooked(part):
             return None
-        plain = getattr(combine, "plain", False)
-        return part.step(ctx, norm, self.order != "post") if plain else None  # type: ignore[operator]
+        inner = ctx if ctx.state is None else ctx.at(self.local)  # what a stream remembers is kept by its path
+        return part.step(inner, norm, self.order != "post")  # type: ignore[operator]
 
     def cost(self, shape: Shape) -> Cost:
         held = [m for m in (self.part, self.norm, self.norm_out, self.combine) if m is not None and hasattr(m, "cost")]
@@ -328,7 +327,7 @@ def run(items: Iterable[Item], x: Tensor, ctx: Context) -> tuple[Tensor, Context
     """``x`` and ``ctx`` through ``items``; neighbours that have the form of steps run together."""
     together: list[Step] = []
     for item in items:
-        step = item.step(ctx) if ctx.offsets is not None else None
+        step = item.step(ctx) if ctx.offsets is not None or ctx.state is not None else None
         if step is not None and (type(step) is type(together[0]) if together else step.takes(x)):
             together.append(step)
             continue

@@ -236,8 +236,8 @@ class Part(nn.Module):
         return {}
 
     def step(self, ctx: Context, norm: nn.Module | None, before: bool = False) -> Step | None:
-        """``norm(x + self(x))``, or ``x + self(norm(x))`` with the norm ``before``, as one step over the packed layout;
-        None where it has no such form now."""
+        """``norm(x + self(x))``, or ``x + self(norm(x))`` with the norm ``before``, as one step over the packed layout
+        or of a stream; None where it has no such form now."""
         return None
 
     def finishes(self, tail: Tail) -> bool:
@@ -254,6 +254,11 @@ class Part(nn.Module):
     def cost(self, shape: Shape, knobs: Mapping[str, Any] = EMPTY) -> Cost:
         """Default: its linears, tables and other parts, each token once."""
         return cost_sum([child.cost(shape) for _, child in costed(self)]) + own_parameters(self)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody hooks into ``module`` and so wants it to be called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def costed(module: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -171,9 +171,10 @@ class Context:
         return x.masked_fill(~self.valid(x).reshape(*x.shape[:2], *[1] * (x.dim() - 2)), 0.0)
 
     def spans(self) -> list[tuple[int, int]]:
-        """(start, stop) of every document of the packed layout."""
-        borders = self.borders if self.borders is not None else tuple(self.offsets.tolist())  # type: ignore[union-attr]
-        return list(pairwise(borders))
+        """(start, stop) of every document of the packed layout; none in another."""
+        if self.offsets is None:
+            return []
+        return list(pairwise(self.borders if self.borders is not None else self.offsets.tolist()))
 
     @property
     def single(self) -> bool:

@@ -1,23 +1,37 @@
 // One token of a Mamba layer, a range of outputs at a time; see native.cpp. Included once for every instruction set.
 
-static FW_INLINE float sum(Lanes x) {
-#ifdef FW_WIDE
-  return _mm512_reduce_add_ps((__m512)x);
-#else
-  float total = 0.0f;
-  for (int i = 0; i < WIDTH; ++i) total += x[i];
-  return total;
-#endif
+typedef float Quad __attribute__((vector_size(16)));
+
+// The sums of four vectors.
+static FW_INLINE Quad sums(Lanes a, Lanes b, Lanes c, Lanes d) {
+  const Lanes folded = fold(a, b, c, d);
+  Quad part[4];
+  std::memcpy(part, &folded, sizeof part);
+  return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
-static FW_INLINE float silu(float x) { return x / (1.0f + std::exp(-x)); }
+// The sums of sixteen vectors.
+static FW_INLINE Lanes sums(const Lanes* of) {
+  Quad part[4];
+  for (int k = 0; k < 4; ++k) part[k] = sums(of[4 * k], of[4 * k + 1], of[4 * k + 2], of[4 * k + 3]);
+  return load(reinterpret_cast<const float*>(part));
+}
 
-// to[row * to_row + o] = weight[o] . from[row] + bias[o] for `first` <= o < `last`. Four rows of weights are read once
-// for all rows of inputs, so they come from memory once; reading them is what a step costs.
+// Asks for what a later pass reads, the share of one piece of this pass: memory would rest while threads wait for each
+// other and while a pass computes.
+static FW_INLINE void ask(const float* from, int64_t count, int64_t first, int64_t last, int64_t outputs) {
+  constexpr int64_t LINE = 16, MOST = 1 << 17;  // half a MiB
+  if (count > MOST) count = MOST;
+  for (int64_t i = count * first / outputs; i < count * last / outputs; i += LINE) __builtin_prefetch(from + i, 0, 2);
+}
+
+// to[row * to_row + o] = weight[o] . from[row] + bias[o] for `first` <= o < `last`, added to what is there where it
+// `joins`. Four rows of weights are read once for all rows of inputs, so they come from memory once; reading them is
+// what a step costs.
 static void products(const float* weight, const float* bias, const float* from, int64_t rows, int64_t in, float* to,
-                     int64_t to_row, int64_t first, int64_t last) {
-  constexpr int64_t FOUR = 4, AHEAD = 1024;
-  const int64_t even = in / WIDTH * WIDTH;
+                     int64_t to_row, int64_t first, int64_t last, bool joins = false) {
+  constexpr int64_t FOUR = 4;
+  const int64_t even = in / WIDTH * WIDTH, ahead = FOUR * in;
   for (int64_t o = first; o < last; o += FOUR) {
     const int64_t some = last - o < FOUR ? last - o : FOUR;
     const float *a = weight + o * in, *b = some > 1 ? a + in : a, *c = some > 2 ? b + in : a, *d = some > 3 ? c + in : a;
@@ -32,70 +46,104 @@ static void products(const float* weight, const float* bias, const float* from, 
         of_d = fma(load(d + i, count), value, of_d);
       };
       for (int64_t i = 0; i < even; i += WIDTH) {
-        __builtin_prefetch(a + i + AHEAD);
-        __builtin_prefetch(b + i + AHEAD);
-        __builtin_prefetch(c + i + AHEAD);
-        __builtin_prefetch(d + i + AHEAD);
+        __builtin_prefetch(a + i + ahead);
+        __builtin_prefetch(b + i + ahead);
+        __builtin_prefetch(c + i + ahead);
+        __builtin_prefetch(d + i + ahead);
         add(i, WIDTH);
       }
       if (even < in) add(even, in - even);
-      const float totals[FOUR] = {sum(of_a), sum(of_b), sum(of_c), sum(of_d)};
-      for (int64_t j = 0; j < some; ++j) to[row * to_row + o + j] = totals[j] + (bias == nullptr ? 0.0f : bias[o + j]);
+      const Quad found = sums(of_a, of_b, of_c, of_d);
+      float* made = to + row * to_row + o;
+      for (int64_t j = 0; j < some; ++j)
+        made[j] = (joins ? made[j] : 0.0f) + found[j] + (bias == nullptr ? 0.0f : bias[o + j]);
     }
+  }
+}
+
+static void normalise(const Layer& layer, const float* from, int64_t rows, float* to) {
+  const int64_t width = layer.width;
+  for (const float* end = from + rows * width; from != end; from += width, to += width) {
+    Lanes square{};
+    for (int64_t i = 0; i < width; i += WIDTH) {
+      const Lanes x = load(from + i, width - i);
+      square = fma(x, x, square);
+    }
+    const float scale = 1.0f / std::sqrt(total(square) / static_cast<float>(width) + layer.eps);
+    for (int64_t i = 0; i < width; i += WIDTH)
+      store(to + i, load(layer.norm + i, width - i) * (scale * load(from + i, width - i)), width - i);
   }
 }
 
 // Projected values and gates, those of the values through the convolution.
 static void enter(const Call& call, int64_t first, int64_t last) {
-  const int64_t inner = call.inner, kept = call.taps - 1;
-  products(call.in_weight, call.in_bias, call.x, call.rows, call.width, call.mixed, 2 * inner, first, last);
+  const Layer& layer = call.layer;
+  const int64_t inner = layer.inner, kept = layer.taps - 1;
+  products(layer.in_weight, layer.in_bias, call.read, call.rows, layer.width, call.mixed, 2 * inner, first, last);
+  ask(layer.x_weight, layer.chosen() * inner, first, last, 2 * inner);
+  ask(layer.dt_weight, inner * layer.rank, first, last, 2 * inner);
+  ask(layer.A_log, inner * layer.states, first, last, 2 * inner);
+  ask(call.state.h, call.rows * inner * layer.states, first, last, 2 * inner);
   for (int64_t row = 0; row < call.rows; ++row) {
-    const float* window = call.window + row * kept * inner;
-    float *next = call.next_window + row * kept * inner, *values = call.mixed + row * 2 * inner;
-    for (int64_t c = first; c < (last < inner ? last : inner); ++c) {
-      const float* taps = call.taps_of + c * call.taps;
-      float total = (call.conv_bias == nullptr ? 0.0f : call.conv_bias[c]) + taps[kept] * values[c];
-      for (int64_t j = 0; j < kept; ++j) {
-        total += taps[j] * window[j * inner + c];
-        next[j * inner + c] = j + 1 < kept ? window[(j + 1) * inner + c] : values[c];
+    const float *window = call.state.window + row * kept * inner, *values = call.mixed + row * 2 * inner;
+    float* next = call.state.next_window + row * kept * inner;
+    for (int64_t c = first; c < (last < inner ? last : inner); c += WIDTH) {
+      const int64_t some = inner - c;
+      Lanes mixed = layer.conv_bias == nullptr ? Lanes{} : load(layer.conv_bias + c, some);
+      for (int64_t j = 0; j <= kept; ++j) {
+        Lanes tap{};
+        for (int64_t i = 0; i < WIDTH && i < some; ++i) tap[i] = layer.taps_of[(c + i) * layer.taps + j];
+        const Lanes value = load(j < kept ? window + j * inner + c : values + c, some);
+        mixed = fma(tap, value, mixed);
+        if (j > 0) store(next + (j - 1) * inner + c, value, some);
       }
-      call.values[row * inner + c] = silu(total);
+      store(call.values + row * inner + c, mixed * sigmoid(mixed), some);
     }
   }
 }
 
 static void select(const Call& call, int64_t first, int64_t last) {
-  const int64_t chosen = call.rank + 2 * call.states;
-  products(call.x_weight, nullptr, call.values, call.rows, call.inner, call.chosen, chosen, first, last);
+  const Layer& layer = call.layer;
+  products(layer.x_weight, nullptr, call.values, call.rows, layer.inner, call.chosen, layer.chosen(), first, last);
+  ask(layer.out_weight, layer.width * layer.inner / 8, first, last, layer.chosen());
 }
 
 // The recurrence of some channels, read out and gated in place of the values.
 static void scan(const Call& call, int64_t first, int64_t last) {
-  const int64_t inner = call.inner, states = call.states;
+  const Layer& layer = call.layer;
+  const int64_t inner = layer.inner, states = layer.states, rank = layer.rank;
+  ask(layer.out_weight, layer.width * inner / 4, first, last, inner);
   for (int64_t row = 0; row < call.rows; ++row) {
-    const float* chosen = call.chosen + row * (call.rank + 2 * states);
-    const float *B = chosen + call.rank, *C = B + states;
-    for (int64_t c = first; c < last; ++c) {
-      Lanes total{};
-      for (int64_t i = 0; i < call.rank; i += WIDTH)
-        total = fma(load(call.dt_weight + c * call.rank + i, call.rank - i), load(chosen + i, call.rank - i), total);
-      const float step = softplus(all(sum(total) + call.dt_bias[c])).value[0], x = call.values[row * inner + c];
-      const float *h = call.h + (row * inner + c) * states, *rate = call.A_log + c * states;
-      float* next = call.next_h + (row * inner + c) * states;
-      Lanes read{};
-      for (int64_t n = 0; n < states; n += WIDTH) {
-        const int64_t some = states - n;
-        const Lanes decay = exp2(-LOG2E * step * exp2(LOG2E * load(rate + n, some)));
-        const Lanes now = fma(decay, load(h + n, some), step * x * load(B + n, some));
-        store(next + n, now, some);
-        read = fma(now, load(C + n, some), read);
+    const float *chosen = call.chosen + row * layer.chosen(), *B = chosen + rank, *C = B + states;
+    for (int64_t c = first; c < last; c += WIDTH) {
+      const int64_t some = last - c < WIDTH ? last - c : WIDTH;
+      Lanes found[WIDTH] = {};
+      for (int64_t j = 0; j < some; ++j)
+        for (int64_t i = 0; i < rank; i += WIDTH)
+          found[j] = fma(load(layer.dt_weight + (c + j) * rank + i, rank - i), load(chosen + i, rank - i), found[j]);
+      float* values = call.values + row * inner + c;
+      const Lanes x = load(values, some), z = load(call.mixed + row * 2 * inner + inner + c, some);
+      const Lanes step = softplus(sums(found) + load(layer.dt_bias + c, some)).value, fed = step * x;
+      for (int64_t j = 0; j < some; ++j) {
+        const float *h = call.state.h + (row * inner + c + j) * states, *rate = layer.A_log + (c + j) * states;
+        float* next = call.state.next_h + (row * inner + c + j) * states;
+        Lanes read{};
+        for (int64_t n = 0; n < states; n += WIDTH) {
+          const Lanes decay = exp2(-LOG2E * step[j] * exp2(LOG2E * load(rate + n, states - n)));
+          const Lanes now = fma(decay, load(h + n, states - n), fed[j] * load(B + n, states - n));
+          store(next + n, now, states - n);
+          read = fma(now, load(C + n, states - n), read);
+        }
+        found[j] = read;
       }
-      const float z = call.mixed[row * 2 * inner + inner + c];
-      call.values[row * inner + c] = (sum(read) + call.D[c] * x) * silu(z);
+      store(values, fma(load(layer.D + c, some), x, sums(found)) * (z * sigmoid(z)), some);
     }
   }
 }
 
 static void leave(const Call& call, int64_t first, int64_t last) {
-  products(call.out_weight, call.out_bias, call.values, call.rows, call.inner, call.y, call.width, first, last);
+  const Layer& layer = call.layer;
+  products(layer.out_weight, layer.out_bias, call.values, call.rows, layer.inner, call.stream, layer.width, first, last,
+           layer.joins);
+  if (call.next != nullptr) ask(call.next->in_weight, 1 << 14, first, last, layer.width);
 }

@@ -14,17 +14,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from formwright.kit.errors import SpecError, unknown
-from formwright.ops.mamba_step import Weights, mamba_step
+from formwright.ops import native
+from formwright.ops.mamba_step import MOST, Layer, Memory, Weights, mamba_step
 from formwright.ops.selective_scan import selective_scan
-from formwright.parts.base import Cost, Part, Shape, Slot, Traits, element_bytes
+from formwright.parts.base import Cost, Part, Shape, Slot, Step, Traits, element_bytes, hooked
 from formwright.parts.context import EMPTY, Context
 from formwright.parts.linears.dense import Dense
+from formwright.parts.norms.norms import RMSNorm
 from formwright.parts.pieces import pieced
 from formwright.parts.short_conv import ShortConv
 from formwright.parts.streaming import refuse_rules
@@ -32,7 +34,8 @@ from formwright.registry import Paper, register
 
 #: What may be chosen by the token; each of them otherwise is a learned constant.
 SELECTIVE = ("delta", "B", "C")
-#: What stands in the slots that a whole step reads at once: projections in, x, dt and out, and the convolution.
+#: The slots that a whole step reads at once, and what must stand in them.
+SLOTS = ("in_proj", "x_proj", "dt_proj", "out_proj", "conv")
 KINDS = [Dense] * 4 + [ShortConv]
 #: Steps at the start: spread evenly over the orders of magnitude between the first two, and none below the last.
 STEP_LEAST, STEP_MOST, STEP_FLOOR = 1e-3, 1e-1, 1e-4
@@ -156,6 +159,7 @@ class Mamba(Core):
         self._depth = check_depth(depth)  # of the start alone, so no setting of the model
         self.in_proj = Dense(width, 2 * inner, bias, "in")
         self.out_proj = Dense(inner, width, bias, "out")
+        self._layer: Layer | None = None
         self.axes = {"in_proj": ("2*inner", "stream"), **self.axes, "out_proj": ("stream", "inner")}
 
     def settle(self) -> None:
@@ -166,45 +170,86 @@ class Mamba(Core):
     @pieced
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         refuse_rules(ctx, "mamba")
-        if x.shape[1] == 1 and ctx.state is not None and ctx.lengths is None:
-            y = self._token(x, ctx)
-            if y is not None:
-                return y
+        step = self.step(ctx, None, joins=False)
+        if step is not None and step.takes(x):
+            return step.run((step,), x, [])
         x, z = self.in_proj(ctx.clear(x), ctx).chunk(2, -1)
         return self.out_proj(self.mixed(x, z, ctx), ctx)
 
-    def _token(self, x: Tensor, ctx: Context) -> Tensor | None:
-        """The next token of every row in one call; None where it takes the pieces."""
-        weights = self._weights()
-        if weights is None:
+    def step(self, ctx: Context, norm: nn.Module | None, before: bool = False, joins: bool = True) -> Step | None:
+        """The next token of every row of a stream."""
+        state = ctx.state
+        if state is None or ctx.lengths is not None or not ctx.visible.simple or not 0 < len(state.seen) <= MOST:
             return None
-        (inner, states), taps = weights.A_log.shape, weights.conv.shape[1]
-        window = ctx.slot("conv", lambda: x.new_zeros(len(x), taps - 1, inner))
-        h = ctx.slot("h", lambda: x.new_zeros(len(x), inner, states, dtype=torch.promote_types(x.dtype, torch.float32)))
-        done = mamba_step(x, weights, window, h)
-        if done is None:
+        if norm is not None and not (before and type(norm) is RMSNorm and not hooked(norm)):
             return None
-        y, window, h = done
-        ctx.keep("conv", window)
-        ctx.keep("h", h)
-        return y
+        weights = self._weights(norm)
+        if weights is None or not native.usable(*[t for t in weights if t is not None]):
+            return None
+        layer = self._compiled(weights, 0.0 if norm is None else norm.eps, joins)  # type: ignore[arg-type]
+        return None if layer is None else Token.of(layer, ctx, len(state.seen))
 
-    def _weights(self) -> Weights | None:
+    def _compiled(self, weights: Weights, eps: float, joins: bool) -> Layer | None:
+        """Kept while nothing that it was made of changes: this is asked for at every token."""
+        kept = self._layer
+        if kept is not None and kept.key == Layer.key_of(weights, eps, joins):
+            return kept
+        self._layer = Layer(weights, eps, joins) if Layer.takes(weights) else None
+        return self._layer
+
+    def _weights(self, norm: nn.Module | None = None) -> Weights | None:
         """What a whole step reads, if everything is chosen by the token and nobody put another kind into a slot or
         wants one to be called."""
         held, own = self._modules, self._parameters  # where a look-up takes a fifth of the time of an attribute
-        slots: list[Any] = [held.get(name) for name in ("in_proj", "x_proj", "dt_proj", "out_proj", "conv")]
-        if len(self.selective) < len(SELECTIVE) or [type(slot) for slot in slots] != KINDS:
+        slots: list[Any] = [held.get(name) for name in SLOTS]
+        if [type(slot) for slot in slots] != KINDS or len(self.selective) < len(SELECTIVE):
             return None
-        if any(slot._forward_hooks or slot._forward_pre_hooks for slot in slots):
+        if any(hooked(slot) for slot in slots):
             return None
-        (into, into_bias), (x, x_bias), (dt, no_bias), (out, out_bias), (conv, conv_bias) = (
-            (slot._parameters["weight"], slot.bias) for slot in slots
-        )
+        read: list[Any] = [(slot._parameters["weight"], slot._parameters.get("bias")) for slot in slots]
+        (into, into_bias), (x, x_bias), (dt, no_bias), (out, out_bias), (conv, conv_bias) = read
         if x_bias is not None or no_bias is not None:
             return None
-        rest = (own["dt_bias"], own["A_log"], own["D"])
-        return Weights(into, into_bias, conv, conv_bias, x, dt, *rest, out, out_bias)  # type: ignore[arg-type]
+        gain: Any = None if norm is None else norm._parameters["weight"]
+        bias, rates, skip = (own[name] for name in ("dt_bias", "A_log", "D"))
+        return Weights(gain, into, into_bias, conv, conv_bias, x, dt, bias, rates, skip, out, out_bias)  # type: ignore[arg-type]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies make their own: pointers cannot be copied.
+        return {**self.__dict__, "_layer": None}
+
+
+class Token(NamedTuple):
+    """The next token of a stream through one layer, as a step that runs together with those of its neighbours."""
+
+    layer: Layer
+    ctx: Context
+    memory: Memory
+
+    @classmethod
+    def of(cls, layer: Layer, ctx: Context, rows: int) -> Token | None:
+        """None where what the stream remembers takes the layer's own pieces."""
+        window = ctx.slot("conv", lambda: torch.zeros(rows, *layer.window))
+        h = ctx.slot("h", lambda: torch.zeros(rows, *layer.memory))
+        if not native.usable(window, h):
+            return None
+        return cls(layer, ctx, Memory(window.contiguous(), h.contiguous()))
+
+    @staticmethod
+    def takes(x: Tensor) -> bool:
+        return x.shape[1] == 1 and native.usable(x)
+
+    @staticmethod
+    def run(steps: Sequence[Token], x: Tensor, spans: list[tuple[int, int]]) -> Tensor:
+        """SpecError where the stream has other rows than x."""
+        rows = len(steps[0].memory.window)
+        if len(x) != rows:
+            raise SpecError(f"{steps[0].ctx.path}: a stream of {rows} rows is given {len(x)}; use one state a batch")
+        y, after = mamba_step(x, [step.layer for step in steps], [step.memory for step in steps])
+        for step, (window, h) in zip(steps, after):
+            step.ctx.keep("conv", window)
+            step.ctx.keep("h", h)
+        return y
 
 
 def step_rank(width: int, rank: int | None) -> int:
