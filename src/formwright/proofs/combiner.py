@@ -2,9 +2,10 @@
 
 Ren et al., 2021 (2107.05768). The paper trains 12 layers of width 768 on Wiki-40B; here decoders with one layer learn
 the rows of :mod:`.masformer`, in which what is asked was said blocks ago, all from the same rows: full attention, the
-sparse patterns alone, and Combiner over the same blocks. (After 300 steps on bytes of source code full attention is
-still behind its own sparse bases, which compares nothing.) Minutes. ``quick``: what does not need a trained model;
-seconds.
+sparse patterns alone, and Combiner over the same blocks. On bytes of source code, 300 steps, it was not so: 1.809 nats
+a byte (fixed) against 1.769 of its sparse base, and full attention, at 1.869, had learned less than both; and where
+short rows come before whole ones, Combiner had learned none of the answers after 600 steps. Minutes. ``quick``: what
+does not need a trained model; seconds.
 """
 
 from __future__ import annotations
