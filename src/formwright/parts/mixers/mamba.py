@@ -27,7 +27,7 @@ from formwright.parts.base import Cost, Part, Shape, Slot, Step, Traits, element
 from formwright.parts.context import EMPTY, Context
 from formwright.parts.linears.dense import Dense
 from formwright.parts.norms.norms import RMSNorm
-from formwright.parts.pieces import pieced
+from formwright.parts.pieces import Kept, pieced
 from formwright.parts.short_conv import ShortConv
 from formwright.parts.streaming import refuse_rules
 from formwright.registry import Paper, register
@@ -179,7 +179,9 @@ class Mamba(Core):
     def step(self, ctx: Context, norm: nn.Module | None, before: bool = False, joins: bool = True) -> Step | None:
         """The next token of every row of a stream."""
         state = ctx.state
-        if state is None or ctx.lengths is not None or not ctx.visible.simple or not 0 < len(state.seen) <= MOST:
+        if state is None or isinstance(state, Kept):  # a piece of a longer text is no token of a stream
+            return None
+        if ctx.lengths is not None or not ctx.visible.simple or not 0 < len(state.seen) <= MOST:
             return None
         if norm is not None and not (before and type(norm) is RMSNorm and not hooked(norm)):
             return None
