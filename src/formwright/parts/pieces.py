@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from formwright.ops.native import watched
+from formwright.parts.base import hooked
 from formwright.parts.context import Context, StateLike
 
 #: Tokens of a piece, of all rows together, and of one row at least: a multiple of every chunk that an op works in.
@@ -57,10 +58,7 @@ def unseen(part: Any, ctx: Context) -> bool:
     noted or hooked into, and no slot that answers by all tokens of a call."""
     if part.training or ctx.offsets is not None or ctx.notes is not None or not ctx.visible.simple:
         return False
-    return not any(
-        module._forward_hooks or module._forward_pre_hooks or not getattr(module, "by_token", True)
-        for module in part.modules()
-    )
+    return not any(hooked(module) or not getattr(module, "by_token", True) for module in part.modules())
 
 
 def joined(run: Callable[..., Tensor], tensors: list[Tensor], ctx: Context, size: int) -> Tensor:

@@ -426,17 +426,17 @@ class Block {
   int32_t* sum;
 };
 
-// y[i] (rows, out) = act(w[i] x), panel by panel over threads.
+// y[i] (rows, out), from row `from` on, = act(w[i] x), panel by panel over threads.
 template <typename Kernel>
-void multiply(const Weight* w, int64_t count, const Block<Kernel>& x, int64_t rows, float* const* y, int activation,
-              int threads) {
+void multiply(const Weight* w, int64_t count, const Block<Kernel>& x, int64_t from, int64_t rows, float* const* y,
+              int activation, int threads) {
   int64_t panels = 0;
   for (int64_t i = 0; i < count; ++i) panels += (w[i].out + Kernel::N - 1) / Kernel::N;
   fw::parallel(panels, 1, threads, [&](int64_t first, int64_t last) {
     for (int64_t i = 0, start = 0; i < count; ++i) {
       const int64_t stop = start + (w[i].out + Kernel::N - 1) / Kernel::N;
       for (int64_t at = first > start ? first : start; at < (last < stop ? last : stop); ++at)
-        x.multiply(w[i], at - start, rows, y[i], activation);
+        x.multiply(w[i], at - start, rows, y[i] + from * w[i].out, activation);
       start = stop;
     }
   });
@@ -461,12 +461,7 @@ void linear(const Weight* w, int64_t count, const float* x, int64_t rows, float*
   by_rows(rows, threads, [&](int64_t first, int64_t held, int inside) {
     Block<Kernel> block(0, held, *w);
     block.fill(x + first * w->in, held, PLAIN);
-    float* to[3];
-    for (int64_t i = 0; i < count; i += 3) {
-      const int64_t some = count - i < 3 ? count - i : 3;
-      for (int64_t j = 0; j < some; ++j) to[j] = y[i + j] + first * w[i + j].out;
-      multiply(w + i, some, block, held, to, NONE, inside);
-    }
+    multiply(w, count, block, first, held, y, NONE, inside);
     if (tail.residual == nullptr && tail.norm.gain == nullptr) return;
     for (int64_t r = first; r < first + held; ++r) {
       const float* residual = tail.residual == nullptr ? nullptr : tail.residual + r * w->out;
@@ -516,9 +511,8 @@ class Rows {
     }
     for (int64_t i = 0; i < s.count; ++i) perceptron(s.steps[i], i + 1 < s.count ? s.steps + i + 1 : s.closes);
     if (s.closes == nullptr) return;
-    const Weight* w = s.closes->weights;
-    float* const to[] = {s.q + first * w[0].out, s.k + first * w[1].out, s.v + first * w[2].out};
-    multiply(w, 3, Block<Kernel>(0, held, *w), held, to, NONE, threads);
+    float* const to[] = {s.q, s.k, s.v};
+    multiply(s.closes->weights, 3, Block<Kernel>(0, held, *s.closes->weights), first, held, to, NONE, threads);
   }
 
  private:
@@ -526,7 +520,7 @@ class Rows {
   void perceptron(const Step& step, const Step* next) {
     const Weight &up = step.weights[0], &down = step.weights[1];
     float* hidden = static_cast<float*>(fw::scratch(1, held * up.out * 4));
-    multiply(&up, 1, Block<Kernel>(0, held, up), held, &hidden, step.activation, threads);
+    multiply(&up, 1, Block<Kernel>(0, held, up), 0, held, &hidden, step.activation, threads);
     Block<Kernel> inner(2, held, down);
     inner.fill(hidden, held, PLAIN);
     end(step, down, inner, next);
@@ -538,7 +532,7 @@ class Rows {
     const float* adds = step.joins ? stream + first * w.out : nullptr;
     // Where the stream itself is added, the product needs a place of its own.
     float* made = adds == y ? static_cast<float*>(fw::scratch(3, held * w.out * 4)) : y;
-    multiply(&w, 1, from, held, &made, NONE, threads);
+    multiply(&w, 1, from, 0, held, &made, NONE, threads);
     Block<Kernel> block(0, held, next == nullptr ? w : next->weights[0]);
     for (int64_t r = 0, at = 0; r < held; ++r, at += w.out) {
       const float* add = adds == nullptr ? nullptr : adds + at;

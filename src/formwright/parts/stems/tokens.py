@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from formwright.kit.errors import DataError, SpecError, unknown
 from formwright.ops.embedding import embedding
-from formwright.parts.base import Cost, Shape, cost_sum, costed, dropout
+from formwright.parts.base import Cost, Shape, cost_sum, costed, dropout, hooked
 from formwright.parts.context import Context
 from formwright.parts.linears.dense import Dense, Table
 from formwright.parts.make import make, module_dict
@@ -202,8 +202,7 @@ class TokenEmbedding(Stem):
             terms.append((positions.table, positions.rows(*spots(ids, ctx)), 1.0))
         sources = []
         for table, rows, factor in terms:
-            # Who hooks into a table wants it to be called.
-            source = None if table._forward_hooks or table._forward_pre_hooks else table.source(rows, factor)
+            source = None if hooked(table) else table.source(rows, factor)
             if source is None:
                 return None
             sources.append(source)
