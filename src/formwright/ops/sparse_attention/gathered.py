@@ -43,7 +43,7 @@ def scores_of(q: Tensor, keys: Tensor, index: Tensor, scale: float) -> Tensor:
 
 
 def log_sums(scores: Tensor) -> Tensor:
-    """Logarithm of the sum of exponentials over the last axis; zero where nothing is listed, so that exp gives zeros."""
+    """Logarithm of the sum of exponentials over the last axis; zero where nothing is listed."""
     sums = torch.logsumexp(scores, -1)
     return sums.masked_fill(sums == float("-inf"), 0.0)
 
@@ -81,7 +81,7 @@ def backward(
         flat, width = places.flatten(), q.shape[-1]
         to_keys.index_add_(0, flat, (slopes[..., None] * mine[..., None, :]).reshape(-1, width))
         to_values.index_add_(0, flat, (probs[..., None] * incoming[..., None, :]).reshape(-1, width))
-    return to_q, *(_unflat(t, like) for t, like in ((to_keys, k), (to_values, v)))
+    return to_q, _unflat(to_keys, k), _unflat(to_values, v)
 
 
 def _unflat(rows: Tensor, like: Tensor) -> Tensor:

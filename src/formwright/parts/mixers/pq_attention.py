@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class PQAttention(Attention):
         codewords, code_width: of the codebook. refine: weight of the codebook's loss, which is declared in training.
     """
 
-    examples = (
+    examples: ClassVar[tuple[dict, ...]] = (
         {"heads": 4, "fraction": 0.5},
         {"heads": 4, "kv_heads": 2, "causal": True, "rotary": {}, "keys": 3, "select": "products"},
         {"heads": 2, "causal": True, "keys": 200, "bias": False, "code_width": 4},
@@ -104,6 +104,8 @@ class PQAttention(Attention):
             raise SpecError(f"{ctx.path}: a share of a row's keys needs the whole row; give keys=N to stream")
         places = ctx.place(x)
         own = torch.where(ctx.valid(x), places, -1) if ctx.lengths is not None else places
+        ctx.note("queries", q)
+        ctx.note("keys", k)
         self._refine(q, k, ctx)
         seen = own
         if ctx.state is not None:
