@@ -1,9 +1,9 @@
-"""Attention over the keys whose codes match: each query reads a fixed share of them, chosen by product quantization.
+"""Attention over keys chosen by their codes: each query reads a fixed share of them, by product quantization.
 
 Gui et al., 2023 (2310.10365), SPT. Queries and keys get short codes from one codebook; a query reads the ``fraction``
-of the row's keys (or ``keys`` of them) that share most codes with it, the nearer of equal ones first, and softmax over
-these is exact. Cost: 4 W^2 multiply-accumulates a token for the slots, then 2 W a query and key read; choosing costs
-one comparison of a byte a stretch for every pair. Nothing of length x length is kept for the backward pass: lists of 2
+of the row's keys (or ``keys`` of them) that its codes or their decoded keys say are nearest, and softmax over these is
+exact. Cost: 4 W^2 multiply-accumulates a token for the slots, then 2 W a query and key read; choosing costs
+one look-up a stretch for every pair. Nothing of length x length is kept for the backward pass: lists of 2
 bytes a key read, an eighth of what probabilities take with the paper's eighth.
 """
 
@@ -40,8 +40,8 @@ class PQAttention(Attention):
     Args:
         heads, kv_heads, head_width, causal, bias, out_bias, rotary, scale, dropout: as in ``attention``.
         fraction: share of the row's keys that a query reads, rounded up. keys: so many instead; then it streams.
-        select: which keys are read: "codes", most matching codes (the paper's); "products", greatest product of the
-            query with the decoded key; "exact", greatest product with the key itself.
+        select: which keys are read: "products", greatest product of the query with the decoded key, which finds
+            better ones than "codes", most matching codes (the paper's); "exact", greatest product with the key itself.
         codewords, code_width: of the codebook. refine: weight of the codebook's loss, which is declared in training.
     """
 
@@ -61,7 +61,7 @@ class PQAttention(Attention):
         causal: bool = False,
         fraction: float = 0.125,
         keys: int | None = None,
-        select: Literal["codes", "products", "exact"] = "codes",
+        select: Literal["codes", "products", "exact"] = "products",
         codewords: int = 16,
         code_width: int = 8,
         refine: float = 0.01,
