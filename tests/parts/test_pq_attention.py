@@ -56,7 +56,7 @@ def test_a_causal_query_reads_its_number_of_distinct_earlier_keys(length, keys, 
 
 
 def test_most_matching_codes_are_read_and_the_nearer_of_equals():
-    mine = mixer(keys=2, code_width=16, codewords=2)
+    mine = mixer(keys=2, code_width=16, codewords=2, select="codes")
     with torch.no_grad():
         mine.quantizer.codebook[0, 0].fill_(-1.0)
         mine.quantizer.codebook[0, 1].fill_(1.0)

@@ -225,7 +225,7 @@ def as_good(seed: int) -> Claim:
     return Claim(
         "loss of a model of bytes after 300 steps, sparse (8 of 64 keys) and routed, against adapters alone",
         "about equal", "at most 5 % more",
-        f"{tuned['products']:.3f} to {tuned[None]:.3f} nats, {100 * over['products']:+.1f} %; with the paper's choice of "
-        f"keys by matching codes {100 * over['codes']:+.1f} %",
+        f"{tuned['products']:.3f} to {tuned[None]:.3f} nats, {100 * over['products']:+.1f} %; with keys "
+        f"by matching codes, as in the paper, {100 * over['codes']:+.1f} %",
         over["products"] <= 0.05, needs="training",
     )  # fmt: skip
