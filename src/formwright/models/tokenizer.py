@@ -81,6 +81,11 @@ class Tokenizer:
         return self._special("bos_token")
 
     @property
+    def mask_id(self) -> int | None:
+        """The token that stands for one to be guessed, or None."""
+        return self._special("mask_token")
+
+    @property
     def size(self) -> int:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
