@@ -30,6 +30,8 @@ Models = Mapping[str, Any]
 Back = Callable[[Mapping[str, Loss]], None]
 #: Logits held at once by objectives over a vocabulary, in numbers (2^25 float32 are 128 MiB).
 LOGITS = 1 << 25
+#: The target of what is not to be predicted.
+IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,20 @@ class Objective:
         losses = self.loss(models, batch, gen)
         back(losses)
         return losses
+
+    def items(self, models: Models, batch: Batch, gen: Gen) -> Tensor:
+        """(B,) how many of the items that ``loss`` counts come from each row, so that they sum to its count.
+
+        Unless overridden: a row's tokens or labels with a target, or 1 where the batch has none of these.
+        """
+        wanted = batch.targets.get("tokens", batch.targets.get("label"))
+        sizes = sizes_of(batch)
+        if wanted is None or wanted.dim() == 1:
+            return torch.ones_like(sizes) if wanted is None else (wanted != IGNORED).long()
+        chosen = (wanted != IGNORED).long()
+        if not batch.offsets:
+            return chosen.sum(1)
+        return torch.stack([part.sum() for part in chosen[0].split(sizes.tolist())])
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must keep of it: plain data and tensors."""
@@ -121,6 +137,30 @@ def last_states(
             if item.id in after:
                 found[item.id] = x
     return (x if owner.final_norm is None else owner.final_norm(x)), ctx, found
+
+
+def tokens_of(batch: Batch) -> str:
+    """The name of the input whose rows are counted: the first that lengths or offsets are given for, else the first."""
+    return next(iter(batch.offsets or batch.lengths or batch.inputs))
+
+
+def sizes_of(batch: Batch) -> Tensor:
+    """(B,) the real tokens of each row, or of each document where the batch is packed."""
+    field = tokens_of(batch)
+    if batch.offsets:
+        return batch.offsets[field].diff()
+    held = batch.inputs[field]
+    full = torch.full(held.shape[:1], held.shape[1] if held.dim() > 1 else 1, device=held.device)
+    return batch.lengths.get(field, full)
+
+
+def spans_of(batch: Batch, tokens: Tensor) -> Iterator[tuple[int, slice]]:
+    """Where each row's real tokens stand in ``tokens`` (B, L), or (1, T) packed."""
+    sizes = sizes_of(batch).tolist()
+    start = 0
+    for row, size in enumerate(sizes):
+        yield (0, slice(start, start + size)) if batch.offsets else (row, slice(0, size))
+        start += size
 
 
 def listening(aux: bool = True) -> Notes | None:
