@@ -11,14 +11,18 @@ micro-batches and divides once by the sum of their counts, so cutting a batch in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from formwright.kit.errors import DataError, SpecError
+from formwright import registry
+from formwright.kit.errors import DataError, SpecError, all_of, unknown
 from formwright.models.batch import EMPTY, Batch, Loss
 from formwright.models.model import Model
 from formwright.models.system import System
@@ -56,6 +60,8 @@ class Objective:
     ``ema`` (a moving average of the model) or ``trained`` (by the same optimizer)."""
 
     others: Mapping[str, Literal["frozen", "ema", "trained"]] = EMPTY
+    #: Whether the losses of parts of a batch sum to that of the whole, as nearly always.
+    additive: bool = True
 
     def bind(self, models: Models) -> None:
         """Every complaint about the models (a missing head, widths that differ) before any work."""
@@ -94,6 +100,20 @@ class Objective:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The opposite of :meth:`state_dict`."""
+
+
+def make(what: Any) -> Objective:
+    """An objective from a name, ``{"name": ..., options}`` or an objective; SpecError for unknown names and options."""
+    if isinstance(what, Objective):
+        return what
+    options = {"name": what} if isinstance(what, str) else dict(what) if isinstance(what, Mapping) else {}
+    name = options.pop("name", None)
+    if name is None:
+        raise SpecError(f"an objective is a name or {{'name': NAME, options}}, not {what!r}")
+    target = registry.resolve("objective", name)
+    known = list(inspect.signature(target).parameters)
+    all_of(SpecError, [f"{name}: " + unknown("option", key, known) for key in options if key not in known])
+    return target(**options)
 
 
 def head_of(model: Any, kinds: tuple[str, ...], wanted: str, named: str | None = None) -> tuple[str, Any]:
@@ -163,9 +183,29 @@ def spans_of(batch: Batch, tokens: Tensor) -> Iterator[tuple[int, slice]]:
         start += size
 
 
-def listening(aux: bool = True) -> Notes | None:
-    """Notes that collect the auxiliary losses which parts declare."""
-    return Notes() if aux else None
+#: What the passes of objectives also record while somebody listens in, and the notes they have taken.
+_heard: ContextVar[tuple[Any, list[Notes]] | None] = ContextVar("heard", default=None)
+
+
+@contextmanager
+def hearing(want: Any) -> Iterator[list[Notes]]:
+    """Within, the passes of objectives record ``want`` too; the notes of each are added to the list."""
+    found: list[Notes] = []
+    token = _heard.set((want, found))
+    try:
+        yield found
+    finally:
+        _heard.reset(token)
+
+
+def listening() -> Notes:
+    """Notes that collect the auxiliary losses which parts declare, and what is heard by :func:`hearing`."""
+    heard = _heard.get()
+    if heard is None:
+        return Notes()
+    notes = Notes(want=heard[0])
+    heard[1].append(notes)
+    return notes
 
 
 def with_auxiliary(total: Tensor, count: Tensor, notes: Notes | None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -174,6 +214,17 @@ def with_auxiliary(total: Tensor, count: Tensor, notes: Notes | None) -> tuple[T
         return total, {}
     extra = torch.stack([loss.float() for loss in notes.losses]).sum() * count
     return total + extra, {"auxiliary": extra.detach()}
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in float32, or in float64 where it is that already: what losses are computed in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def carrying(value: Tensor, tensors: Iterable[Tensor], gradients: Iterable[Tensor]) -> Tensor:
+    """A scalar equal to ``value`` whose backward pass hands ``gradients`` to ``tensors``."""
+    given = torch.stack([(wide(t) * wide(g.detach())).sum() for t, g in zip(tensors, gradients)]).sum()
+    return value.detach() + (given - given.detach())
 
 
 def token_chunks(count: int, vocab: int, most: int = LOGITS) -> Iterator[slice]:
