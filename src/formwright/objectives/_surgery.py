@@ -50,4 +50,5 @@ def shared(gradients: Sequence[Gradient]) -> tuple[list[int], list[Tensor]]:
 
 def _dot(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> float:
     """The product over all parameters, added up in float64."""
-    return sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b))  # type: ignore[union-attr]
+    pairs = [(x.double(), y.double()) for x, y in zip(a, b) if x is not None and y is not None]
+    return sum(float((x * y).sum()) for x, y in pairs)

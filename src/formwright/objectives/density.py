@@ -65,8 +65,8 @@ class Density(Objective):
         loss, items = losses["model"], self.inner.items(models, batch, gen)
         if abs(float(items.sum()) - float(loss.count)) > 1e-6 * max(1.0, float(loss.count)):
             raise SpecError(
-                f"density: the other objective counts {float(loss.count):g} items, its rows {float(items.sum()):g}; it has "
-                "to say by items() how many are of each row"
+                f"density: the other objective counts {float(loss.count):g} items, its rows {float(items.sum()):g}; "
+                "it has to say by items() how many are of each row"
             )
         rows = densities(models["model"], batch, heard, lambda a: soft(a, self.eps))
         density = (rows * items.to(rows.dtype)).sum()

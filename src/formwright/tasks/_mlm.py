@@ -88,7 +88,7 @@ class MaskedTask(LanguageTask):
         return self._hidden[split]
 
     def score(self, view: View, split: str) -> Score:
-        """Bits per masked token; ``per_item`` is bits of each window, ``curves`` its hidden ``tokens`` and ``bytes``."""
+        """Bits per masked token; ``per_item`` is bits of each window, ``curves`` its hidden tokens and their bytes."""
         nats, right = [], []
         for chosen in _encoding.chunks(self.hidden(split), self.rows):
             batch, wanted = self._covered(chosen)
