@@ -117,14 +117,14 @@ class MultiTask(Objective):
 
     def _weighed(self, name: str, loss: Loss, models: Models, gen: Gen) -> Loss:
         scale = 1.0 / self.per.get(name, 1.0)
-        count = loss.count * scale
+        count = torch.as_tensor(loss.count).double() * scale
         total = self._balance(name, loss.total * scale, count, models, gen.step) * self.weights.get(name, 1.0)
         return Loss(total, count, {name: (loss.total * scale).detach()})
 
     @staticmethod
     def _sum(losses: Mapping[str, Loss]) -> Loss:
         total = torch.stack([loss.total for loss in losses.values()]).sum()
-        count = torch.stack([torch.as_tensor(loss.count) for loss in losses.values()]).sum()
+        count = torch.stack([loss.count for loss in losses.values()]).sum()
         return Loss(total, count, {key: part for loss in losses.values() for key, part in loss.parts.items()})
 
     def _rows(self, batch: Batch) -> dict[str, list[int]]:

@@ -118,7 +118,7 @@ class TaggingTask(Classifying):
         return Batch(inputs={"tokens": tokens}, lengths={"tokens": lengths}, targets={"label": labels})
 
     def batches(self, split: str, *, seed: int, budget: int, policy: Any = None) -> Iterator[Batch]:
-        """``tokens`` and ``targets["label"]`` (B, L), -100 where a piece has none; the order is that of (seed, epoch)."""
+        """``tokens`` and ``targets["label"]`` (B, L), -100 where there is none, in an order of (seed, epoch)."""
         texts = self.parts[self.check_split(split)]
         done = epoch = 0
         while done < budget:

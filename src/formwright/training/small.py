@@ -44,7 +44,7 @@ class Plan:
 
 PLANS = {
     "small-causal": Plan("lm/stdlib", {"name": "causal-lm"}, 3000, 3e-3),
-    "small-masked": Plan("mlm/stdlib", {"name": "masked-lm", "rate": 0.2}, 2400, 2e-3, "small-causal"),
+    "small-masked": Plan("mlm/stdlib", {"name": "masked-lm", "rate": 0.2}, 1000, 2e-3, "small-causal"),
 }
 
 
