@@ -38,7 +38,7 @@ def by_hand(m, row: list[int], measured) -> float:
     for item in m.items():
         if hasattr(item.part, "up"):
             normed = x if item.norm is None else item.norm(x)
-            layers.append(float(measured(item.part.activation(item.part.up(normed, ctx))).mean()))
+            layers.append(float(measured(item.part.activation(item.part.up(normed, ctx))).mean().detach()))
         x, ctx = item(x, ctx)
     assert len(layers) == 2
     return sum(layers) / 2

@@ -10,10 +10,12 @@ from torch.nn import functional as F
 from formwright.kit.errors import DataError, SpecError
 from formwright.models.batch import Batch, pad
 from formwright.models.build import build
+from formwright.models.masking import SPAN_MOST, Masking, _lengths, word_tables
 from formwright.models.text import to_packed
 from formwright.objectives.base import Gen
 from formwright.objectives.masked_lm import MaskedLM
-from formwright.tasks._masking import SPAN_MOST, Masking, _lengths, word_tables
+from formwright.training import train
+from formwright.training.hooks import Hook
 from formwright.training.tokenizer import train_tokenizer
 
 VOCAB = 30
@@ -145,3 +147,27 @@ def test_refusals():
     for options in ({"rate": 0.0}, {"unit": "words"}, {"replaced": 0.8, "random": 0.3}, {"smoothing": 2.0}):
         with pytest.raises(SpecError):
             MaskedLM(**options)
+
+
+def test_a_run_that_was_cut_off_hides_the_same_tokens(tmp_path):
+    class Cut(Hook):
+        def stepped(self, run) -> None:
+            if run.step == 3:
+                raise RuntimeError("cut off")
+
+    class Whole(Cut):
+        def stepped(self, run) -> None:
+            """Goes on."""
+
+    def run(model, cut: type, **more):
+        cut.__name__ = "Cut"  # a run goes on with hooks of the same names
+        settings = {"steps": 4, "lr": 1e-2, "save_every": 2, "show": False, "accumulation": 2, **more}
+        train(model, [text_batch(), text_batch(ROWS[:2])], objective=MaskedLM(mask=1), hooks=[cut()], **settings)
+
+    whole, halves = encoder(), encoder()
+    run(whole, Whole)
+    with pytest.raises(RuntimeError, match="cut off"):
+        run(halves, Cut, out=tmp_path / "run")
+    run(halves, Whole, out=tmp_path / "run", resume=True)
+    for one, two in zip(whole.parameters(), halves.parameters()):
+        assert torch.equal(one, two)

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from formwright.kit.errors import DataError
 from formwright.models.batch import Batch, Loss
+from formwright.models.masking import Masking, masking_of
 from formwright.objectives import base
 from formwright.objectives.base import IGNORED, Gen, Models, Objective
 from formwright.objectives.causal_lm import summed_nll, vocabulary
 from formwright.registry import Paper, register
-from formwright.tasks._masking import Masking, masking_of
 
 
 @register("objective", "masked-lm", paper=Paper("Devlin et al.", 2019, "1810.04805"), summary="the hidden tokens")

@@ -19,9 +19,9 @@ import torch
 
 from formwright.kit.errors import DataError
 from formwright.models.batch import Batch, Score, View, pad
+from formwright.models.masking import Masking, masking_of
 from formwright.tasks import _encoding
 from formwright.tasks._lm import LanguageTask, Window
-from formwright.tasks._masking import Masking, masking_of
 from formwright.tasks._ngrams import Bigram
 from formwright.tasks.base import Index, digest
 

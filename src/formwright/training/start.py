@@ -34,4 +34,6 @@ def with_head(model: Any, task: Any, seed: int = 0) -> Any:
 
 def _classifies(head: Any, kind: str) -> bool:
     """Whether a head does what ``kind`` would; a language model's speaks of tokens too, but has no labels."""
-    return head.kind == "sequence" if kind == "sequence-classifier" else bool(getattr(head, "labels", None))
+    if kind == "sequence-classifier":
+        return head.kind == "sequence"
+    return head.kind == "tokens" and bool(getattr(head, "labels", None))
