@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from formwright.objectives._hidden import projections
 from formwright.objectives._rows import take
 from formwright.objectives.base import Gen, Objective, make
 from formwright.objectives.multi_task import uncertainties
+from formwright.training.recipe import make_objective
 
 VOCAB = 13
 ROWS = [[1, 2, 3, 4, 5], [6, 7], [8, 9, 10], [11, 2]]
@@ -253,6 +255,7 @@ def test_the_same_step_gives_the_same_bits_and_state_is_plain(name: str, case: C
     objective, models, whole = made(name, case)
     one, two = (objective.loss(models, whole, Gen(5))["model"].total for _ in range(2))
     assert torch.equal(one, two)
+    assert set(make_objective(objective)[1]) <= {"name", *inspect.signature(type(objective)).parameters}
     state = json.loads(json.dumps(objective.state_dict()))
     again = make({"name": name, **json.loads(json.dumps(case.options))})
     again.load_state_dict(state)

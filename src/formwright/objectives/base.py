@@ -60,8 +60,11 @@ class Objective:
     ``ema`` (a moving average of the model) or ``trained`` (by the same optimizer)."""
 
     others: Mapping[str, Literal["frozen", "ema", "trained"]] = EMPTY
-    #: Whether the losses of parts of a batch sum to that of the whole, as nearly always.
-    additive: bool = True
+
+    @property
+    def additive(self) -> bool:
+        """Whether the losses of parts of a batch sum to that of the whole, as nearly always."""
+        return True
 
     def bind(self, models: Models) -> None:
         """Every complaint about the models (a missing head, widths that differ) before any work."""

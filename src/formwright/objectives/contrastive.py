@@ -36,8 +36,6 @@ class Contrastive(Objective):
         all at once. towers: names of the towers of the two sides. head: name of the head that gives the vectors.
     """
 
-    additive = False
-
     def __init__(
         self,
         temperature: float = 0.05,
@@ -54,6 +52,10 @@ class Contrastive(Objective):
             raise SpecError(f"contrastive: towers={list(towers)} must name the towers of the two sides")
         self.temperature, self.symmetric, self.chunk = temperature, symmetric, chunk
         self.towers, self.head = tuple(towers), head
+
+    @property
+    def additive(self) -> bool:
+        return False
 
     def bind(self, models: Models) -> None:
         model = models["model"]

@@ -50,7 +50,11 @@ class Density(Objective):
             raise SpecError(f"density: weight={weight} must not be negative")
         self.objective, self.weight, self.eps = objective, weight, eps
         self.inner = base.make(objective)
-        self.others, self.additive = self.inner.others, self.inner.additive
+        self.others = self.inner.others
+
+    @property
+    def additive(self) -> bool:
+        return self.inner.additive
 
     def bind(self, models: Models) -> None:
         self.inner.bind(models)

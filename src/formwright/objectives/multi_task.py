@@ -71,12 +71,15 @@ class MultiTask(Objective):
         self.others = {key: kind for inner in self.inner.values() for key, kind in inner.others.items()}
         if balance == "uncertainty":
             self.others["weights"] = "trained"
-        self.additive = surgery is None and all(inner.additive for inner in self.inner.values())
         self._balance = {
             "fixed": Fixed,
             "uncertainty": Uncertainty,
             "average": lambda: Average(list(self.tasks), window, temperature),
         }[balance]()
+
+    @property
+    def additive(self) -> bool:
+        return self.surgery is None and all(inner.additive for inner in self.inner.values())
 
     def bind(self, models: Models) -> None:
         if self.balance == "uncertainty" and "weights" not in models:
