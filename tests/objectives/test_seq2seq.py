@@ -84,6 +84,13 @@ def test_refusals():
     )
     with pytest.raises(DataError, match="an encoder and a decoder"):
         Seq2Seq().bind({"model": single})
+    packed = Batch(
+        inputs={"encoder.tokens": torch.tensor([[3, 4]])},
+        offsets={"encoder.tokens": torch.tensor([0, 2])},
+        targets={"tokens": torch.tensor([[5]])},
+    )
+    with pytest.raises(DataError, match=r"brings decoder\.tokens itself"):
+        Seq2Seq().loss({"model": t5()}, packed, Gen())
     blind = t5().spec.to_dict()
     blind["towers"]["decoder"]["layers"][0]["layers"][0].pop("causal")
     with pytest.raises(DataError, match="not causal"):

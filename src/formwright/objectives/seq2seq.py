@@ -70,6 +70,8 @@ class Seq2Seq(Objective):
         field = f"{model.spec.output}.tokens"
         if field in batch.inputs:
             return batch
+        if batch.offsets:
+            raise DataError(f"seq2seq feeds the decoder in the padded layout; a packed batch brings {field} itself")
         start = self.start
         if start is None:
             start = 0 if model.tokenizer is None else model.tokenizer.pad_id
