@@ -46,6 +46,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "linear-attention": {"heads": 4, "causal": True},
     "mamba": {},
     "mamba2": {"head_width": 32},
+    "reformer": {"heads": 4, "chunk": 64, "buckets": 64, "rounds": 2},
+    "spiking-lmu": {},
 }
 
 
