@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.harness import arguments, race, show
+from benchmarks.harness import Line, arguments, race, set_bar, show, verdict
 from benchmarks.mamba import PASS, cosine, ids, model, size, transformer
 from benchmarks.worker import Worker
 from formwright import registry
@@ -63,7 +63,7 @@ def main() -> None:
         kinds[name](options)
 
 
-def say(line: dict[str, Any], text: str, as_json: bool) -> None:
+def say(line: Line, text: str, as_json: bool) -> None:
     print(json.dumps({**line, "machine": machine()}) if as_json else f"  {text}", flush=True)
 
 
@@ -76,13 +76,14 @@ def memory(options: Any) -> None:
         worker.prepare(LONG)
         peak, seconds, agreement = map(float, worker.vectors())
         worker.close()
-        line = {"benchmark": "length memory", "contender": name, "tokens": LONG, "agreement": agreement}
+        line: Line = {"benchmark": "length memory", "contender": name, "tokens": LONG, "agreement": agreement}
         if agreement < BAR:
             say({**line, "wrong": f"agreement below {BAR}"}, f"{name}: wrong, agreement {agreement:.4f}", options.json)
             continue
-        verdict = "within" if peak <= MOST else "above"
-        text = f"{name:<12} {LONG:,} tokens: peak {peak:,.0f} MiB ({verdict} {MOST:,}), {seconds:.1f} s"
-        say({**line, "peak_mib": peak, "seconds": seconds}, f"{text}, agreement {agreement:.6f}", options.json)
+        line |= {"peak_mib": peak, "seconds": seconds}
+        set_bar(line, f"at most {MOST:,} MiB", peak <= MOST)
+        text = f"{name:<12} {LONG:,} tokens: peak {peak:,.0f} MiB ({verdict(line)}), {seconds:.1f} s"
+        say(line, f"{text}, agreement {agreement:.6f}", options.json)
 
 
 def mamba_pass(threads: int) -> Callable[[int], Callable[[], np.ndarray]]:
@@ -123,14 +124,15 @@ def growth(options: Any) -> None:
     for name, part in linear_mixers(options.mixers):
         inputs = [torch.randn(1, length, WIDTH, generator=torch.Generator().manual_seed(0)) for length in LENGTHS]
         exponent, seconds, agreement = grown(part, inputs, options.rounds)
-        line = {"benchmark": "length growth", "contender": name, "agreement": agreement}
+        line: Line = {"benchmark": "length growth", "contender": name, "agreement": agreement}
         if agreement < BAR:
             say({**line, "wrong": f"agreement below {BAR}"}, f"{name}: wrong, agreement {agreement:.4f}", options.json)
             continue
         times = {length: each * 1e3 for length, each in zip(LENGTHS, seconds)}
         shown = ", ".join(f"{length:,}: {ms:.1f}" for length, ms in times.items())
-        text = f"{name:<18} exponent {exponent:.2f}{'' if exponent <= STEEPEST else ' (!)'}   ms {shown}"
-        say({**line, "exponent": exponent, "ms": times}, text, options.json)
+        line |= {"exponent": exponent, "ms": times}
+        set_bar(line, f"at most {STEEPEST:g}", exponent <= STEEPEST)
+        say(line, f"{name:<18} exponent {exponent:.2f} ({verdict(line)})   ms {shown}", options.json)
 
 
 def linear_mixers(wanted: list[str] | None) -> Iterator[tuple[str, Any]]:
@@ -171,7 +173,10 @@ def train(options: Any) -> None:
     agreement = {name: faithful(one) for name, one in zip(names, made)}
     given = ids(1, TRAINED)
     contenders = {name: partial(gradients, one, given) for name, one in zip(names, made)}
-    show(race("length train", f"1 x {TRAINED}", contenders, agreement, BAR, names[0], options.rounds), options.json)
+    lines = race(
+        "length train", f"1 x {TRAINED}", contenders, agreement, BAR, names[0], options.rounds, least={names[1]: 1}
+    )
+    show(lines, options.json)
 
 
 def gradients(made: Any, given: Tensor) -> list[Tensor]:
