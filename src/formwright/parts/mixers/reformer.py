@@ -106,6 +106,12 @@ class Reformer(Projected):
             turn = ctx.noise(shape, q, name="rotations")
         else:
             turn = rotations(*shape, self.seed).to(q)
+        # A part at a time, since turned queries are many times the queries.
+        step = tokens_at_once(q.shape[0] * q.shape[1] * shape[1])
+        return torch.cat([self._turned(some, turn) for some in q.split(step, 2)], 3)
+
+    def _turned(self, q: Tensor, turn: Tensor) -> Tensor:
+        """The buckets (B, H, R, L) of queries that are turned by all rounds' rotations side by side."""
         turned = (q @ turn).unflatten(-1, (self.rounds, -1))
         # The largest of [q R; -q R] is the largest size, in the upper half of the buckets where its sign is negative.
         largest = turned.abs().argmax(-1, keepdim=True)
@@ -121,16 +127,17 @@ class Reformer(Projected):
         rank = torch.empty_like(order).scatter_(-1, order, places.expand_as(order))
         # A chunk of nothing before the list, and what fills its last chunk, repeat token 0; the bias hides them.
         spare = (size, -length % size)
-        listed, held, chunks = F.pad(order, spare), F.pad(self._held(order, real), spare), rank // size
+        listed, held = F.pad(order, spare), F.pad(self._held(order, real), spare)
+        in_round = (rank // size).int(), buckets.int()
         rows = [t[:, None].contiguous() for t in (q, v)]
         step = self._step(q, size, listed.shape[3] - size)
         made = []
         for start in range(0, listed.shape[3] - size, step):
             part = slice(start, start + step + size)
-            bias = self._bias(held[..., part], chunks, buckets, size, q.dtype)
+            bias, count = self._bias(held[..., part], *in_round, size, q.dtype)
             turned, values = (picked(t, listed[..., part]) for t in rows)
             queries = turned[:, :, size:].unflatten(2, (-1, size)).transpose(3, 4)
-            made.append(self._mixed(queries, two(F.normalize(turned, dim=-1), size), two(values, size), bias))
+            made.append(self._mixed(queries, two(F.normalize(turned, dim=-1), size), two(values, size), bias, count))
         out, weighed = (torch.cat(of, 2).flatten(2, 3) for of in zip(*made))
         return torch.cat([self._joined(out, weighed, places) for places in rank.split(step, 3)], 1)
 
@@ -143,7 +150,7 @@ class Reformer(Projected):
         if torch.is_grad_enabled() or watched():
             return length
         rows, _, heads, width = q.shape
-        return size * max(1, HELD // (rows * self.rounds * heads * size * (2 * size + 4 * width)))
+        return -(-tokens_at_once(rows * self.rounds * heads * (2 * size + 4 * width)) // size) * size
 
     def _joined(self, out: Tensor, weighed: Tensor, rank: Tensor) -> Tensor:
         """Outputs (B, R, P, H, D) and logarithms of normalisers (B, R, P, H) as they are listed; the rank (B, H, R, L)
@@ -153,18 +160,18 @@ class Reformer(Projected):
             return found[:, 0]
         return (found * weighed.gather(2, rank.permute(0, 2, 3, 1)).softmax(1)[..., None]).sum(1)
 
-    def _mixed(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    def _mixed(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, count: Tensor | None) -> tuple[Tensor, Tensor]:
         """Queries (B, R, N, H, size, D) over keys (B, R, N, H, 2 size, D), chunk by chunk: the output (B, R, N, size,
         H, D), and with several rounds the logarithms of the normalisers (B, R, N, size, H), else none."""
         scale = q.shape[-1] ** -0.5
-        if self.rounds == 1:
+        if count is None:
             # Logits are many times the tokens and would be read from memory again and again; the kernel keeps none.
             flat = [t.flatten(0, 2) for t in (q, k, v, bias)]
             out = fused_attention(flat[0], flat[1], flat[2], flat[3], False, scale).unflatten(0, q.shape[:3])
             return out.transpose(3, 4), out.new_empty(*q.shape[:3], 0)
         logits = q @ k.transpose(-1, -2) * scale + bias
         most = logits.detach().amax(-1, keepdim=True)
-        shares = (logits - most).exp_()
+        shares = (logits - most).exp_() / count
         total = shares.sum(-1, keepdim=True)
         out = shares @ v / total
         return out.transpose(3, 4), (total.log() + most)[..., 0].transpose(3, 4)
@@ -176,45 +183,59 @@ class Reformer(Projected):
         # Padding is listed last, so all heads hide it alike.
         listed = places < real.sum(1)[:, None, None, None]
         pairs = self.hides or self.same_bucket or self.rounds > 1
-        return torch.where(listed, order + 1 if pairs else places + 1, 0)
+        return torch.where(listed, order + 1 if pairs else places + 1, 0).int()
 
-    def _bias(self, held: Tensor, chunks: Tensor, buckets: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-        """What is added to the logits, (B, R, N, H or 1, size or 1, 2 size): nothing seen, oneself far down, and pairs
-        that several rounds find lowered.
+    def _bias(
+        self, held: Tensor, chunks: Tensor, buckets: Tensor, size: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        """What is added to the logits, (B, R, N, H or 1, size or 1, 2 size): nothing seen, oneself far down. With
+        several rounds also in how many of them each pair is found, (B, R, N, H, size, 2 size).
 
-        held: see ``_held``, (N + 1) size of them; chunks and buckets (B, H, R, L): of each token in each round.
+        held: see ``_held``, (N + 1) size of them; chunks and buckets (B, H, R, L): of each token in each round. Ones
+        and zeros are made by arithmetic: it is many times faster than comparing and choosing.
         """
         query, key = sides(held, size)
-        seen, lowered = key > 0, torch.zeros((), dtype=dtype, device=held.device)
+        hidden, count = 1 - key.clamp(max=1), None
         if self.hides:
-            seen = seen & (key <= query)
+            hidden = hidden + (key - query).clamp_(0, 1)
         if self.same_bucket or self.rounds > 1:
-            found = self._found(held, chunks, buckets, size)
+            missed = self._missed(held, chunks, buckets, size)
             if self.same_bucket:
-                seen = seen & torch.stack([found[r][:, :, r] for r in range(self.rounds)], 2)
-            lowered = -torch.stack(found).sum(0).clamp(min=1).to(dtype).log()
-        bias = torch.where(seen, lowered, NOTHING)
+                hidden = hidden + torch.stack([missed[r][:, :, r] for r in range(self.rounds)], 2)
+            if self.rounds > 1:
+                count = (self.rounds - sum(missed[1:], missed[0])).clamp_(min=1).to(dtype).permute(0, 2, 3, 1, 4, 5)
+        bias = hidden.to(dtype) * NOTHING
         if not self.see_self:
             bias = bias + F.pad(SELF * torch.eye(size, dtype=dtype, device=held.device), (size, 0))
-        return bias.permute(0, 2, 3, 1, 4, 5)
+        return bias.permute(0, 2, 3, 1, 4, 5), count
 
-    def _found(self, held: Tensor, chunks: Tensor, buckets: Tensor, size: int) -> list[Tensor]:
-        """For each round, which pairs of every round's chunks it finds as well."""
-        index = (held - 1).clamp(min=0).flatten(2)
-        found = []
+    def _missed(self, held: Tensor, chunks: Tensor, buckets: Tensor, size: int) -> list[Tensor]:
+        """For each round, 0 for the pairs of every round's chunks that it finds as well, 1 for those that it misses."""
+        index = (held - 1).clamp(min=0).flatten(2).long()
+
+        def apart(of: Tensor, r: int) -> Tensor:
+            query, key = sides(of[:, :, r].gather(2, index).view(held.shape), size)
+            return query - key
+
+        missed = []
         for r in range(self.rounds):
-            near, same = (
-                torch.sub(*sides(of[:, :, r].gather(2, index).view(held.shape), size)) for of in (chunks, buckets)
-            )
-            both = (near == 0) | (near == 1)
-            found.append(both & (same == 0) if self.same_bucket else both)
-        return found
+            # Chunks apart 0 or 1 are found, which are those whose double lies 1 from 1.
+            far = apart(chunks, r).mul_(2).sub_(1).abs_().sub_(1)
+            if self.same_bucket:
+                far += apart(buckets, r).abs_()
+            missed.append(far.clamp_(max=1))
+        return missed
 
     def mixing_macs(self, length: int, past: int) -> int:
         size = max(1, min(self.chunk, length))
         padded = -(-length // size) * size
         hashing = 0 if self.buckets == 1 else length * self.buckets // 2
         return self.heads * self.head_width * self.rounds * (hashing + 4 * padded * size)
+
+
+def tokens_at_once(numbers: int) -> int:
+    """How many tokens a part takes where each of them comes to that many numbers."""
+    return max(1, HELD // max(1, numbers))
 
 
 def picked(rows: Tensor, index: Tensor) -> Tensor:
