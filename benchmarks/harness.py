@@ -66,16 +66,17 @@ def race(
                 "peer": peer,
             }
             if key in least:
-                set_bar(line, f"at least {least[key]:g}x", line["ratio"] >= least[key])
+                found = f"{fold(line['ratio'])} {peer}"
+                set_bar(line, f"at least {least[key]:g}x", line["ratio"] >= least[key], found)
         else:
             line |= {"wrong": f"agreement {agreement[key]:.4f} is below {bars[key]}"}
         lines.append({**line, "machine": where})
     return lines
 
 
-def set_bar(line: Line, bar: str, held: bool) -> None:
-    """Add what was asked of a line before it was measured, in words, and whether it is so."""
-    line["bars"] = [*line.get("bars", ()), {"bar": bar, "held": held}]
+def set_bar(line: Line, bar: str, held: bool, found: str) -> None:
+    """Add what was asked of a line before it was measured, what was found, both in words, and whether it is so."""
+    line["bars"] = [*line.get("bars", ()), {"bar": bar, "held": held, "found": found}]
 
 
 # ---------------------------------------------------------------------- how a line is read

@@ -87,7 +87,8 @@ def products(made: Any, tokens: int) -> tuple[float, float]:
 def train(threads: int, rounds: int) -> list[list[dict[str, Any]]]:
     long = contest("train", "1 x 1024", ("mambapy", "formwright"), ids(1, 1024), PASS, threads, rounds)
     peer, mine = long
-    set_bar(mine, "less than half its memory", mine["peak_mib"] < peer["peak_mib"] / 2)
+    held, most = mine["peak_mib"], peer["peak_mib"]
+    set_bar(mine, "less than half the memory", held < most / 2, f"{held:,.0f} against {most:,.0f} MiB")
     return [long, contest("train", "1 x 512", ("transformers", "formwright"), ids(1, 512), PASS, threads, rounds)]
 
 
@@ -116,7 +117,7 @@ def contest(
         least = {"formwright": LEAST[how, names[0]]}
         lines = race(f"mamba {how}", f"{how} {shape}", workers, agreement, BAR, names[0], rounds, least=least)
         for line in lines:
-            line["peak_mib"] = float(workers[line["contender"]].vectors()[0])
+            line["peak_mib"] = float(found[line["contender"]][0])
         for worker in workers.values():
             worker.close()
     return lines
