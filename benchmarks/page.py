@@ -35,7 +35,7 @@ A single one: `python -m benchmarks.mamba`, and the like for the files beside it
 """
 GLANCE = """## At a glance
 
-Everything that a bar was set for.
+The bars that were set for sequence mixers and for long texts, and what was measured.
 """
 
 ENCODE = """\
