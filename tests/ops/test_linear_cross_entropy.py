@@ -125,7 +125,7 @@ def test_bad_input_is_said() -> None:
         linear_cross_entropy(x, weight, targets[:3])
     with pytest.raises(SpecError, match=r"bias \(2,\) must be \(11,\)"):
         linear_cross_entropy(x, weight, targets, bias[:2])
-    with pytest.raises(SpecError, match="smoothing=2.0 must lie between 0 and 1"):
+    with pytest.raises(SpecError, match=r"smoothing=2\.0 must lie between 0 and 1"):
         linear_cross_entropy(x, weight, targets, smoothing=2.0)
     with pytest.raises(IndexError, match="target 11 is none of 11 rows"):
         linear_cross_entropy(x, weight, torch.full_like(targets, 11))

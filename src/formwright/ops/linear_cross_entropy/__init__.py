@@ -55,7 +55,9 @@ def linear_cross_entropy(
     if not bool(kept.all()):
         x, targets = x[kept], targets[kept]
     if not len(targets):
-        return x.sum(dtype=torch.float32 if x.dtype.itemsize < 4 else x.dtype)  # 0, and still a graph to go back through
+        return x.sum(
+            dtype=torch.float32 if x.dtype.itemsize < 4 else x.dtype
+        )  # 0, and still a graph to go back through
     if torch._C._are_functorch_transforms_active():  # which cannot look into a pass of one's own
         return linear_cross_entropy_reference(x, weight, targets, bias, smoothing=smoothing, z=z)
     low, high = torch.aminmax(targets)

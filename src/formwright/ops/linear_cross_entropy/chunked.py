@@ -33,7 +33,9 @@ class Chunked(torch.autograd.Function):
     sum and only scaled in the backward pass; a second derivative goes through the definition."""
 
     @staticmethod
-    def forward(ctx: Any, settings: Settings, targets: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, settings: Settings, targets: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
         total, grads = passes(settings, targets, x, weight, bias, ctx.needs_input_grad[2:])
         ctx.settings = settings
         ctx.save_for_backward(targets, x, weight, bias, *grads)
