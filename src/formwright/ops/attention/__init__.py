@@ -10,6 +10,7 @@ except where a bias or mask must be made, which happens for ``CHUNK`` queries at
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -135,19 +136,22 @@ def packed_attention(
         done = packed_attention_native(q, k, v, spans, scale, causal)
         if done is not None:
             return done
+    groups = list(alike(spans))
+    sizes = [count * length for count, length in groups]
+    # One split each, whose gradient is one concatenation: that of a slice would be as long as all documents.
+    parts = [t[0].split(sizes) for t in (q, k, v)]
     out = []
-    index = 0
-    while index < len(spans):
-        start, stop = spans[index]
-        length, count = stop - start, 1
-        while index + count < len(spans) and spans[index + count][1] - spans[index + count][0] == length:
-            count += 1
-        last = start + count * length
+    for index, (count, length) in enumerate(groups):
         if length:
-            parts = (t[0, start:last].unflatten(0, (count, length)) for t in (q, k, v))
-            piece = attention(*parts, scale=scale, causal=causal, mask=mask, bias=bias, window=window)
+            rows = (part[index].unflatten(0, (count, length)) for part in parts)
+            piece = attention(*rows, scale=scale, causal=causal, mask=mask, bias=bias, window=window)
             out.append(piece.reshape(1, count * length, *piece.shape[2:]))
-        index += count
     if not out:
         return q.new_zeros(1, 0, q.shape[2], v.shape[-1])
     return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+
+
+def alike(spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """(how many, length) of every run of neighbouring documents of equal length."""
+    for length, run in groupby(stop - start for start, stop in spans):
+        yield len(list(run)), length

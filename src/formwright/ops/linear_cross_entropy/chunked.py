@@ -69,7 +69,9 @@ def passes(
         part, own = x[start : start + rows], targets[start : start + rows, None]
         logits = torch.mm(part, weight.t(), out=room[: len(part)])
         logits = (logits if bias is None else logits.add_(bias)).to(exact)
-        normal = logits.logsumexp(-1, keepdim=True)
+        slope = logits.softmax(-1)
+        # By the largest logit, whose probability is never too small for a logarithm.
+        normal = logits.amax(-1, keepdim=True) - slope.amax(-1, keepdim=True).log()
         total += (normal - (1.0 - smoothing) * logits.gather(1, own)).sum()
         if smoothing:
             total -= smoothing * logits.mean(-1).sum()
@@ -77,7 +79,6 @@ def passes(
             total += z * normal.square().sum()
         if not any(wanted):
             continue
-        slope = logits.sub_(normal).exp_()
         if z:
             slope *= 1.0 + 2.0 * z * normal
         slope.scatter_add_(1, own, slope.new_full(own.shape, smoothing - 1.0))
