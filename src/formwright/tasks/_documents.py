@@ -19,8 +19,8 @@ from formwright.tasks.tables import Table, check_text, guess, running_text
 PIECE = 8192
 #: Characters read from a file at once.
 BLOCK = 1 << 20
-#: Rows looked at to choose the column of the text.
-LOOK = 1000
+#: Rows looked at to choose the column of the text, and about how many characters of them at most.
+LOOK, LOOK_CHARACTERS = 1000, 1 << 18
 TEXTS = ("text", "texts", "content", "body", "document", "sentence")
 
 Document = Iterable[str]
@@ -100,7 +100,12 @@ def from_column(path: str | Path, text: str | None, strict: bool) -> Documents:
 
 def _head(rows: Rows) -> Table:
     """The first rows as a table, to know the columns by."""
-    found = list(islice(rows.read(), LOOK))
+    found, size = [], 0
+    for place, row in islice(rows.read(), LOOK):
+        found.append((place, row))
+        size += sum(map(len, row.values()))
+        if size >= LOOK_CHARACTERS:
+            break
     columns = tuple(dict.fromkeys(column for _, row in found for column in row))
     if not found:
         raise DataError(f"{rows.name} has no rows")

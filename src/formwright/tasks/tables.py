@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from formwright.kit.errors import DataError
-from formwright.tasks._formats import lines_of, open_rows
+from formwright.tasks._formats import is_rows, lines_of, open_rows
 from formwright.tasks.base import lines_listed
+
+__all__ = ["Table", "check_text", "guess", "is_rows", "nearest_column", "read_table", "read_text", "running_text"]
 
 
 @dataclass(frozen=True)
