@@ -13,9 +13,11 @@ from __future__ import annotations
 import functools
 import json
 import random
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -67,10 +69,10 @@ class Clock:
         self.losses: list[float] = []
         self.tokens: list[int] = []
 
-    def rate(self) -> float:
-        """Tokens a second, the first step left out."""
-        steps = len(self.ends)
-        return sum(self.tokens[1:steps]) / (self.ends[-1] - self.ends[0])
+    def rates(self) -> list[float]:
+        """Tokens a second of each step but the first."""
+        times = [stop - start for start, stop in pairwise(self.ends)]
+        return [tokens / seconds for tokens, seconds in zip(self.tokens[1:], times)]
 
 
 class Steps(Hook):
@@ -183,39 +185,43 @@ CONTENDERS: dict[str, Callable[[int], Clock]] = {
 ELSEWHERE = ("Trainer, like lengths",)
 
 
-def agree(steps: int) -> dict[str, float]:
+def agree(names: list[str], steps: int) -> dict[str, float]:
     """Largest relative difference of a step's loss from the peer's."""
-    found = {name: run(steps).losses for name, run in CONTENDERS.items() if name not in ELSEWHERE}
+    found = {name: CONTENDERS[name](steps).losses for name in names if name not in ELSEWHERE}
     return {
         name: max(abs(one / two - 1.0) for one, two in zip(losses, found[PEER], strict=True))
         for name, losses in found.items()
     }
 
 
-def lines(steps: int, rounds: int, check: int) -> Iterator[dict[str, Any]]:
-    """Contenders in turn, round after round; the best rate of each counts."""
-    apart = agree(check)
-    rates: dict[str, list[float]] = {name: [] for name in CONTENDERS if apart.get(name, 0.0) <= BAR}
+def lines(names: list[str], steps: int, rounds: int, check: int) -> Iterator[dict[str, Any]]:
+    """Contenders in turn, round after round; the median of all steps of each counts."""
+    apart = agree(names, check)
+    rates: dict[str, list[float]] = {name: [] for name in names if apart.get(name, 0.0) <= BAR}
     for _ in range(rounds):
-        for name in rates:
-            rates[name].append(CONTENDERS[name](steps + 1).rate())
-    for name in CONTENDERS:
+        for name, held in rates.items():
+            held += CONTENDERS[name](steps + 1).rates()
+    for name in names:
         line: dict[str, Any] = {"benchmark": "train", "contender": name, "apart": apart.get(name)}
         if name in rates:
-            line |= {"tokens_per_second": max(rates[name]), "ratio": max(rates[name]) / max(rates[PEER])}
+            rate = statistics.median(rates[name])
+            line |= {"tokens_per_second": rate, "ratio": rate / statistics.median(rates[PEER])}
         yield {**line, "machine": machine()}
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--steps", type=int, default=4, help="timed steps a round")
+    parser.add_argument("--without", default="", help="contenders to leave out, by a part of their name")
     parser.add_argument("--check", type=int, default=3, help="steps whose losses are compared first")
     parser.set_defaults(rounds=2)
     given = parser.parse_args()
     torch.set_num_threads(given.threads or torch.get_num_threads())
     sizes = [len(row) - 1 for row in documents()]
     print(f"{len(sizes)} documents, {sum(sizes) / len(sizes):.0f} tokens on average, {BATCH} a step", flush=True)
-    for line in lines(given.steps, given.rounds, given.check):
+    left = [part for part in given.without.split(",") if part]
+    names = [name for name in CONTENDERS if name == PEER or not any(part in name for part in left)]
+    for line in lines(names, given.steps, given.rounds, given.check):
         if given.json:
             print(json.dumps(line))
             continue

@@ -3,8 +3,8 @@
 All forms use (B, L, H, D) for queries and (B, S, G, D) for keys and values, where G divides H (grouped and multi-query
 attention). ``reference`` is the definition; :func:`attention` picks PyTorch's fused kernel. In the packed layout it
 runs document by document, so nothing crosses a border and no product is spent on padding; where ``native`` was built
-that is one call. A query that sees no key gives zeros. Cost: 2 L S H D multiply-accumulates; memory linear in length
-except where a bias or mask must be made, which happens for ``CHUNK`` queries at a time.
+that is one call, forwards and backwards. A query that sees no key gives zeros. Cost: 2 L S H D multiply-accumulates;
+memory linear in length except where a bias or mask must be made, which happens for ``CHUNK`` queries at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from formwright.ops.attention.fused import fused_attention
-from formwright.ops.attention.native import packed_attention_native
+from formwright.ops.attention.native import packed_by_kernel
 from formwright.ops.attention.reference import attention_reference
 from formwright.registry import Paper, register
 
@@ -133,9 +133,28 @@ def packed_attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if mask is None and bias is None and window is None:
-        done = packed_attention_native(q, k, v, spans, scale, causal)
+
+        def general(*tensors: Tensor) -> Tensor:
+            return _one_by_one(*tensors, spans, scale, causal)
+
+        done = packed_by_kernel(general, q, k, v, spans, scale, causal)
         if done is not None:
             return done
+    return _one_by_one(q, k, v, spans, scale, causal, mask, bias, window)
+
+
+def _one_by_one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Sequence[tuple[int, int]],
+    scale: float,
+    causal: bool,
+    mask: Mask | None = None,
+    bias: Bias | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Each document by itself, neighbours of equal length together."""
     groups = list(alike(spans))
     sizes = [count * length for count, length in groups]
     # One split each, whose gradient is one concatenation: that of a slice would be as long as all documents.
