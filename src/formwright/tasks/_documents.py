@@ -28,11 +28,13 @@ Document = Iterable[str]
 
 @dataclass(frozen=True)
 class Documents:
-    """``read()`` -> the documents in their order, from the start every time; ``notes`` say what they are."""
+    """``read()`` -> the documents in their order, from the start every time; ``notes`` say what they are, and ``whole``
+    whether each really begins and ends where it does, rather than being a piece of a longer text."""
 
     name: str
     read: Callable[[], Iterator[Document]]
     notes: list[str] = field(default_factory=list)
+    whole: bool = True
 
 
 def cut(blocks: Iterable[str], most: int = PIECE) -> Iterator[str]:
@@ -74,7 +76,7 @@ def from_files(root: Path, strict: bool) -> Documents:
     if len(found) >= 3:
         return Documents(root.name, lambda: (blocks_of(path) for path in found), notes)
     notes.append(f"fewer than three files, so they are split in pieces of {PIECE} characters")
-    return Documents(root.name, lambda: ([piece] for path in found for piece in cut(blocks_of(path))), notes)
+    return Documents(root.name, lambda: ([piece] for path in found for piece in cut(blocks_of(path))), notes, False)
 
 
 def from_column(path: str | Path, text: str | None, strict: bool) -> Documents:

@@ -63,7 +63,7 @@ class StreamedLanguage(LanguageTask):
             self.notes.append(f"{blank} texts left out: blank")
         if len(order) + blank < len(keys):
             self.notes.append(f"{len(keys) - blank - len(order)} texts left out: repeated")
-        self._read, self._place = documents.read, np.full(len(keys), NOWHERE, dtype=np.int8)
+        self._source, self._place = documents, np.full(len(keys), NOWHERE, dtype=np.int8)
         self._place[order] = dealt(sizes[order], SHARES)
         self._sizes = np.bincount(self._place[order], sizes[order], len(SPLITS)).astype(np.int64)
         self._texts = digest(hashlib.sha256(keys.tobytes()).hexdigest(), RULE, SHARES)
@@ -89,7 +89,7 @@ class StreamedLanguage(LanguageTask):
 
     def _placed(self) -> Iterator[tuple[int, Document]]:
         """(number of its split, document) of every document that counts."""
-        for place, document in zip_longest(self._place, self._read()):
+        for place, document in zip_longest(self._place, self._source.read()):
             if place is None or document is None:
                 raise DataError(f"{self.name} was changed while it was read; start again")
             if place != NOWHERE:
@@ -112,7 +112,9 @@ class StreamedLanguage(LanguageTask):
             def training() -> Iterator[Document]:
                 return (document for number, document in self._placed() if number == 0)
 
-            self._store = tokens_of(training, self._tokenizer, self._texts, int(self._sizes[0]))
+            self._store = tokens_of(
+                training, self._tokenizer, self._texts, int(self._sizes[0]), whole=self._source.whole
+            )
         return self._store
 
     def drawer(self, split: str, seed: int) -> Callable[[int], Batch]:

@@ -68,29 +68,44 @@ def _mapped(path: Path, dtype: str) -> np.ndarray:
 
 
 def tokens_of(
-    read: Callable[[], Iterator[Document]], tokenizer: Any, which: str, characters: int, show: bool | None = None
+    read: Callable[[], Iterator[Document]],
+    tokenizer: Any,
+    which: str,
+    characters: int,
+    *,
+    whole: bool = True,
+    show: bool | None = None,
 ) -> Tokens:
     """The store of the documents that ``read`` gives, made unless it is there; ``which`` says which they are.
 
-    ``characters``: about how many there are, for the progress line.
+    ``characters``: about how many there are, for the progress line. ``whole``: each begins with the tokenizer's start
+    token and ends with its end token, where it has them.
     """
-    folder = cache() / "tokens" / digest(FORMAT, which, tokenizer_print(tokenizer))[:32]
+    folder = cache() / "tokens" / digest(FORMAT, which, whole, tokenizer_print(tokenizer))[:32]
     if folder.is_dir():
         try:
             return Tokens(folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
             warnings.warn(f"the token cache {folder} is damaged ({error}); it is made again", stacklevel=2)
-    with replacing(folder, overwrite=True) as temporary:
-        _write(temporary, read(), tokenizer, characters, show)
+    with replacing(folder, overwrite=True) as temporary, Progress("tokenise", characters, show=show) as bar:
+        _write(temporary, _encoded(read(), tokenizer, whole), getattr(tokenizer, "size", 1 << 32), bar)
     return Tokens(folder)
 
 
-def _write(folder: Path, documents: Iterable[Document], tokenizer: Any, characters: int, show: bool | None) -> None:
-    size = getattr(tokenizer, "size", 1 << 32)
+class _Piece(NamedTuple):
+    """Ids of a run of ``characters`` of a document, and whether the document ends there."""
+
+    ids: list[int]
+    ends: bool
+    characters: int
+
+
+def _write(folder: Path, pieces: Iterable[_Piece], size: int, bar: Progress) -> None:
+    """The files of a store; ``size`` is the tokenizer's, which no id reaches."""
     dtype = "uint16" if size <= 1 << 16 else "uint32"
     stops, total, done = array("q", [0]), 0, 0
-    with (folder / "ids.bin").open("wb") as file, Progress("tokenise", characters, show=show) as bar:
-        for piece in _encoded(documents, tokenizer):
+    with (folder / "ids.bin").open("wb") as file:
+        for piece in pieces:
             ids = np.array(piece.ids, dtype=np.int64)
             if len(ids) and not 0 <= ids.min() <= ids.max() < size:
                 raise DataError(f"the tokenizer gives the id {ids.max()}, which is beyond its size {size}")
@@ -104,35 +119,31 @@ def _write(folder: Path, documents: Iterable[Document], tokenizer: Any, characte
     write_atomic(folder / "store.json", json.dumps({"format": FORMAT, "dtype": dtype, "files": files}))
 
 
-class _Piece(NamedTuple):
-    """Ids of a run of ``characters`` of a document, and whether the document ends there."""
+def _encoded(documents: Iterable[Document], tokenizer: Any, whole: bool) -> Iterator[_Piece]:
+    """The documents in pieces, about ``BATCH`` characters tokenised at once; ``whole`` as in :func:`tokens_of`."""
+    start, end = (_edge(tokenizer, name) if whole else [] for name in ("start_id", "end_id"))
 
-    ids: list[int]
-    ends: bool
-    characters: int
+    def encode() -> Iterator[_Piece]:
+        for text, ids, (opens, ends) in zip(texts, tokenizer.encode(texts, special=False), edges):
+            yield _Piece((start if opens else []) + ids + (end if ends else []), ends, len(text))
 
-
-def _encoded(documents: Iterable[Document], tokenizer: Any) -> Iterator[_Piece]:
-    """The documents in pieces, about ``BATCH`` characters tokenised at once. A document begins with the tokenizer's
-    start token and ends with its end token, where it has them."""
     texts: list[str] = []
     edges: list[tuple[bool, bool]] = []
     size = 0
     for document in documents:
-        for text, *edge in _marked(cut(document)):
+        for text, opens, ends in _marked(cut(document)):
             texts.append(text)
-            edges.append((edge[0], edge[1]))
+            edges.append((opens, ends))
             size += len(text)
             if size >= BATCH:
-                yield from _encode(texts, edges, tokenizer)
+                yield from encode()
                 texts, edges, size = [], [], 0
-    yield from _encode(texts, edges, tokenizer)
+    yield from encode()
 
 
-def _encode(texts: list[str], edges: list[tuple[bool, bool]], tokenizer: Any) -> Iterator[_Piece]:
-    start, end = ([] if (i := getattr(tokenizer, name, None)) is None else [i] for name in ("start_id", "end_id"))
-    for text, ids, (opens, ends) in zip(texts, tokenizer.encode(texts, special=False), edges):
-        yield _Piece((start if opens else []) + ids + (end if ends else []), ends, len(text))
+def _edge(tokenizer: Any, name: str) -> list[int]:
+    found = getattr(tokenizer, name, None)
+    return [] if found is None else [found]
 
 
 def _marked(pieces: Iterator[str]) -> Iterator[tuple[str, bool, bool]]:

@@ -134,8 +134,8 @@ def packed_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if mask is None and bias is None and window is None:
 
-        def general(*tensors: Tensor) -> Tensor:
-            return _one_by_one(*tensors, spans, scale, causal)
+        def general(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return _one_by_one(q, k, v, spans, scale, causal)
 
         done = packed_by_kernel(general, q, k, v, spans, scale, causal)
         if done is not None:

@@ -129,14 +129,14 @@ class PackedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         general, spans, scale, causal = ctx.given
-        tensors = ctx.saved_tensors
-        if torch.is_grad_enabled() or not native.reachable(grad, *tensors):
-            with torch.enable_grad():
-                found = native.differentiated(
-                    lambda *t: (general(*t),), list(tensors), ctx.needs_input_grad[4:], (grad,)
-                )
-            return *[None] * 4, *found
-        return *[None] * 4, *_gradients(grad, *tensors, spans, scale, causal)
+        q, k, v = ctx.saved_tensors
+        if not torch.is_grad_enabled() and native.reachable(grad, q, k, v):
+            return *[None] * 4, *_gradients(grad, q, k, v, spans, scale, causal)
+        graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            wanted = ctx.needs_input_grad[4:]
+            found = native.differentiated(lambda *t: (general(*t),), [q, k, v], wanted, (grad,))
+        return *[None] * 4, *(made if graph or made is None else made.detach() for made in found)
 
 
 def _gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, causal: bool) -> list[Tensor]:
