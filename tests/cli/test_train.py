@@ -53,6 +53,16 @@ def test_a_classifier_from_an_encoder(tmp_path: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.startswith("id,body,queue,label,probability\n")
 
 
+def test_a_column_of_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = small.table(tmp_path / "tickets.csv")
+    options = ("--recipe", "gpt-tiny", "--task", "lm", "--data", data, "--vocab", 300, "--steps", 1)
+    assert run("train", *options, "--out", tmp_path / "x") == 0
+    said = capsys.readouterr().err
+    assert 'text: column "body" (guessed by its name; --text says another)' in said and "on select" in said
+    assert run("train", *options, "--text", "boddy", "--out", tmp_path / "y") == 2
+    assert 'tickets.csv has no column "boddy"; did you mean "body"?' in capsys.readouterr().err
+
+
 def test_what_train_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, sentence in (
         (("train", "--out", tmp_path / "x"), "--recipe"),
