@@ -14,6 +14,7 @@ from formwright.models.batch import Batch, Score
 from formwright.models.build import build
 from formwright.tasks.base import Task
 from formwright.training import train
+from formwright.training.checkpoint import RunDirectory
 from formwright.training.hooks import EMA, Evaluate, Hook
 
 VOCAB = 32
@@ -90,6 +91,7 @@ def go(out: str, resume: bool, quiet: bool = False, hooks=(), **settings):
         resume=resume,
         hooks=[EMA(0.9), Tell(quiet), Evaluate(task, "select", every=5), *hooks],
         show=False,
+        plot=False,
     )
 
 
@@ -105,7 +107,7 @@ def serve() -> None:
         if pid == 0:
             code = 1
             try:
-                go(out, resume=os.path.exists(os.path.join(out, "recipe.json")))
+                go(out, resume=RunDirectory(out).begun)
                 code = 0
             finally:
                 sys.stdout.flush()
