@@ -37,7 +37,8 @@ def picture(events: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, 
         _panel(axes, name, lines)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
-    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.55 / figure.get_figheight()), w_pad=0.12, h_pad=0.08)  # type: ignore[union-attr]
+    layout: Any = figure.get_layout_engine()
+    layout.set(rect=(0, 0, 1, 1 - 0.55 / figure.get_figheight()), w_pad=0.12, h_pad=0.08)
     _text(figure, 0.02, 1 - 0.3 / figure.get_figheight(), _short(_headline(loss, title), 100), size=13, weight="bold")
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=DPI, metadata={"Software": None})

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,7 +66,8 @@ class Evaluate(Hook):
     def stepped(self, run: Run) -> None:
         if run.step % self.every and not run.last:
             return
-        score = run.place.everyone(self.task.score(run.model, self.split))[0]
+        score = self.task.score(run.model, self.split)
+        score = replace(score, value=run.place.everyone(score.value)[0])  # processes may differ in the last bits
         sign = 1.0 if self.task.higher_is_better else -1.0
         if math.isfinite(score.value) and (self.best is None or sign * score.value > sign * self.best):
             self.best, self.best_step = score.value, run.step

@@ -164,7 +164,7 @@ def _open(run: Run, directory: RunDirectory, model: Any, resume: bool) -> None:
     """Write what the run is started with, or go on from the last checkpoint of one that was started with the same."""
     recipe, data = run.recipe.to_dict(), toml.plain(run.source.fingerprint())
     if not resume:
-        start = {
+        start: dict[str, Any] = {
             "data": data,
             "tensors": len(checkpoint.tensors_of(model)),
             "threads": torch.get_num_threads(),

@@ -59,6 +59,10 @@ class Place:
         """Sum gradients over processes in place; returns the factor by which they are too small still."""
         return 1.0
 
+    def spans(self, every: int) -> int:
+        """How many items may be computed again together, where ``every`` are wanted."""
+        return every
+
     def whole(self, tensor: Tensor) -> Tensor:
         """A tensor that may be a shard, whole."""
         return tensor
@@ -72,7 +76,7 @@ class Replicas(Place):
     """Several processes, each with all of every model on a device of its own."""
 
     def __init__(self) -> None:
-        self.state = _accelerate().PartialState()
+        self.state = _accelerate().PartialState(cpu=not torch.accelerator.is_available())
         atexit.register(self.state.destroy_process_group)
         self.rank, self.size = self.state.process_index, self.state.num_processes
 
@@ -164,10 +168,14 @@ class Shards(Replicas):
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> float:
         return float(self.size)  # FSDP has scattered their mean
 
+    def spans(self, every: int) -> int:
+        # A span of several groups would gather and leave them in an order that FSDP loses gradients over.
+        return min(every, 1)
+
     def whole(self, tensor: Tensor) -> Tensor:
         return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
-    def like(self, value: Tensor, pattern: Tensor) -> Tensor:
+    def like(self, value: Tensor, pattern: Any) -> Tensor:
         if not hasattr(pattern, "device_mesh") or value.shape != pattern.shape:
             return value
         from torch.distributed.tensor import distribute_tensor

@@ -339,7 +339,7 @@ class Run:
         for name, model in self.models.items():
             model.train(name in self.trained and self.recipe.dropout)
         for tower in towers:
-            tower.recompute = self.recipe.gradient_checkpointing or tower.recompute
+            tower.recompute = self.place.spans(self.recipe.gradient_checkpointing or tower.recompute)
         try:
             yield
         finally:
