@@ -73,7 +73,10 @@ def test_what_train_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         (("train", "--out", tmp_path / "x"), "--recipe"),
         (("train", "--recipe", "gpt-tiny"), "--out"),
         (("train", "--recipe", "gpt-tiny", "--out", tmp_path / "x"), "--task"),
-        (("train", "--recipe", "gpt-tinny", "--task", "lm/stdlib", "--out", tmp_path / "x"), "did you mean 'gpt-tiny'"),
+        (
+            ("train", "--recipe", "gpt-tinny", "--task", "lm/stdlib", "--out", tmp_path / "x", "--steps", 1),
+            "did you mean 'gpt-tiny'",
+        ),
         ((*good, "--config", bad), "bad.toml: unknown setting of a recipe 'stepz'; did you mean 'steps'"),
         ((*good, "--steps", 1, "--set", "lr=fast"), "'lr=fast': lr='fast' must be a number"),
         ((*good, "--set", "lr=1"), "a run needs an end"),

@@ -171,7 +171,7 @@ class Run:
         small = self.place.sum_gradients(list(self.parameters.values()))
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         if gradients:
-            torch._foreach_mul_(gradients, 1.0 / (max(count, 1e-12) * small * self.scale.factor))
+            torch._foreach_mul_(gradients, small / (max(count, 1e-12) * self.scale.factor))
         for hook in self.hooks:
             hook.gradients(self)
         norm = self.place.whole(nn.utils.get_total_norm(gradients))
