@@ -20,7 +20,7 @@ from formwright.kit.journal import Lock, read_jsonl
 from formwright.training import Diverged, Interrupted, train
 from formwright.training.checkpoint import RunDirectory
 from formwright.training.hooks import Hook
-from training.resumable import STEPS, Counting, go, model
+from training.resumable import STEPS, Counting, go, model, variant
 
 FILES = ("models.safetensors", "optimizers.safetensors", "extra.safetensors")
 
@@ -52,14 +52,19 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_at_random_moments_and_resumed_ends_in_the_same_bits(whole, tmp_path):
+@pytest.mark.parametrize(("name", "most"), [("plain", 6), ("bfloat16", 4), ("float16", 3)])
+def test_killed_at_random_moments_and_resumed_ends_in_the_same_bits(name, most, whole, tmp_path):
     out = tmp_path / "run"
+    if name != "plain":
+        trained = go(str(tmp_path / "whole"), resume=False, quiet=True, **variant(name))
+        assert trained.why == "no better score in 3 evaluations" and trained.steps == 20
+        whole = trained, ending(tmp_path / "whole")
     script = Path(__file__).with_name("resumable.py")
     server = subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     dice, kills, status = random.Random(7), 0, -1
     try:
         for _ in range(40):
-            server.stdin.write(f"{out}\n")
+            server.stdin.write(f"{out} {name}\n")
             server.stdin.flush()
             pid = int(next(line for line in server.stdout if line.startswith("pid")).split()[1])
             steps, wanted = 0, dice.randint(1, 6)
@@ -68,7 +73,7 @@ def test_killed_at_random_moments_and_resumed_ends_in_the_same_bits(whole, tmp_p
                     status = int(line.split()[1])
                     break
                 steps += line.startswith("step")
-                if steps == wanted and kills < 6:
+                if steps == wanted and kills < most:
                     time.sleep(dice.random() * 0.02)  # somewhere within a step or a checkpoint
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
@@ -80,7 +85,7 @@ def test_killed_at_random_moments_and_resumed_ends_in_the_same_bits(whole, tmp_p
         server.stdin.close()
         server.wait()
         server.stdout.close()
-    assert status == 0 and kills >= 3
+    assert status == 0 and kills >= 2
     same(whole[1], ending(out))
 
 
@@ -175,6 +180,45 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(tmp_path):
     assert RunDirectory(out).checkpoints()[-1] == 4
     assert all(bool(torch.isfinite(p).all()) for p in m.parameters())
     assert m.history == []
+
+
+class Limited:
+    """Within, no file of this process may grow beyond so many bytes: what a disk that is nearly full looks like."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __enter__(self) -> None:
+        resource = pytest.importorskip("resource", reason="needs fork")
+        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.before[1]))
+
+    def __exit__(self, *error: object) -> None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on(whole, tmp_path):
+    out, limit = tmp_path / "run", Limited(9000)
+    with pytest.raises(DataError, match=r"checkpoint of step 9 cannot be written .*000006 is kept\. Make room"):
+        try:
+            go(str(out), resume=False, quiet=True, hooks=[At(8, limit.__enter__)])
+        finally:
+            limit.__exit__()
+    assert RunDirectory(out).checkpoints()[-1] == 6 and not list(out.glob("steps/*.tmp-*"))
+    go(str(out), resume=True, quiet=True, hooks=[At(-1, None)])
+    plain = {name: value for name, value in ending(out).items() if name != "state"}
+    same({name: whole[1][name] for name in plain}, plain)
+
+
+def test_a_system_that_says_no_space_is_heard(tmp_path, monkeypatch):
+    def full(*given, **more):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(DataError, match=r"checkpoint of step 3 .*disk is full.* there is none from before"):
+        hooks = [At(2, lambda: monkeypatch.setattr("formwright.training.checkpoint.save_file", full))]
+        go(str(tmp_path / "run"), resume=False, quiet=True, hooks=hooks)
 
 
 def test_old_checkpoints_go_but_the_best_stays(tmp_path):
