@@ -1,7 +1,7 @@
 """A run as a picture: loss, learning rate, tokens a second and scores over the steps, from the lines of its journals.
 
-Up to four panels: what the journals do not know is left out. The loss is drawn as it was and, over that, as a running
-mean. Style and colours are those of :mod:`formwright.report.plot`. Cost: about half a second.
+Up to four panels: what the journals do not know is left out. What jumps from step to step is drawn as it was and, over
+that, as a running mean. Style and colours are those of :mod:`formwright.report.plot`. Cost: about half a second.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def picture(events: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, 
 
 
 def speeds(events: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    """(step, tokens a second) between successive lines of one process."""
+    """(step, tokens a second) between successive lines of a journal."""
     known = [(line["step"], line["seconds"], line["tokens"]) for line in events if "tokens" in line]
     return [(b[0], (b[2] - a[2]) / (b[1] - a[1])) for a, b in pairwise(known) if b[1] > a[1]]
 
@@ -60,8 +60,9 @@ def scores(results: Sequence[Mapping[str, Any]]) -> dict[str, Line]:
 
 
 def smooth(values: Sequence[float], width: int) -> list[float]:
-    """Running means over the last ``width`` values."""
-    return [sum(values[max(0, i + 1 - width) : i + 1]) / min(i + 1, width) for i in range(len(values))]
+    """Means over ``width`` values around each, fewer at both ends."""
+    near = [values[max(0, i - width // 2) : i + width // 2 + 1] for i in range(len(values))]
+    return [sum(some) / len(some) for some in near]
 
 
 def _headline(loss: Line, title: str) -> str:
@@ -73,12 +74,14 @@ def _panel(axes: Any, name: str, lines: Mapping[str, Line]) -> None:
     for (label, line), color in zip(lines.items(), (BLUE, ORANGE, GREEN, INK, SOFT) * len(lines)):
         xs, ys = [x for x, _ in line], [y for _, y in line]
         few = len(line) < 12 or name == "score"
-        if name == "loss" and len(line) >= 30:
+        if name in ("loss", "tokens a second") and len(line) >= 30:
             axes.plot(xs, ys, color=color, linewidth=0.8, alpha=0.35)
             ys = smooth(ys, max(2, len(ys) // 20))
         axes.plot(xs, ys, color=color, linewidth=1.8, marker="o" if few else "", markersize=3.5, label=label)
     if any(lines):
-        axes.legend(frameon=False, fontsize=8.5, labelcolor=SOFT, prop={"family": ["DejaVu Sans"], "size": 8.5})
+        legend = axes.legend(frameon=False, labelcolor=SOFT, prop={"family": ["DejaVu Sans"], "size": 8.5})
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a ``$`` in somebody's name is no formula
     axes.set_title(name, loc="left", fontsize=10.5, color=INK, family=["DejaVu Sans"])
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)

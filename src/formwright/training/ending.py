@@ -1,4 +1,4 @@
-"""How a run may end before its last step: a loss that is no number, and Ctrl-C."""
+"""How a run may end before its last step: a loss that is no number, Ctrl-C, and a scheduler that wants its machine."""
 
 from __future__ import annotations
 
@@ -16,25 +16,30 @@ class Diverged(FormwrightError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C: the step was finished and, given a run directory, a checkpoint written; ``str()`` says how to go on."""
+    """Ctrl-C or SIGTERM: the step was finished and, given a run directory, a checkpoint written.
+
+    ``str()`` says how to go on.
+    """
 
 
 @contextlib.contextmanager
 def held_interrupt() -> Iterator[Any]:
-    """Within, a first Ctrl-C is noted (ask the yielded function) so that a step can be finished; a second is raised."""
+    """Within, Ctrl-C and SIGTERM are noted (ask the yielded function) so that a step can be finished; a second Ctrl-C
+    is raised. ``torchrun`` answers Ctrl-C with SIGTERM to every process, so that one is never raised."""
     asked = False
 
     def note(number: int, frame: Any) -> None:
         nonlocal asked
-        if asked:
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked = True
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False  # only the main thread may handle signals
         return
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -350,9 +350,9 @@ class Run:
 
     def _interrupted(self) -> str:
         if self.directory is None:
-            return f"stopped by Ctrl-C after step {self.step}; nothing was written (out=RUN keeps checkpoints)"
+            return f"interrupted after step {self.step}; nothing was written (out=RUN keeps checkpoints)"
         return (
-            f"stopped by Ctrl-C after step {self.step}; {self.directory.at(self.step)} is saved. "
+            f"interrupted after step {self.step}; {self.directory.at(self.step)} is saved. "
             f"Go on with the same call and resume=True (on the command line: --resume {self.directory.path})"
         )
 
