@@ -82,7 +82,8 @@ def train(
         save_every: steps between checkpoints (default: two minutes). keep: how many of the last stay.
         show: progress line; None shows it on a terminal only. plot: draw RUN/run.png at the end. tensorboard: write
             RUN/tensorboard as well.
-        shard: under torchrun, cut the model over the processes instead of holding it in each.
+        shard: under torchrun, cut the model over the processes instead of holding it in each; ``model`` then changes
+            at the end only, and an interrupted run's weights are in its directory.
 
     Raises:
         SpecError, DataError: what is wrong with the recipe, the data or the run directory, before any work.
