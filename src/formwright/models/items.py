@@ -22,9 +22,11 @@ Order = Literal["pre", "post", "sandwich"]
 
 
 class Item(nn.Module):
-    """``id`` is permanent and unique in a model; ``local`` is its path inside the list that holds it."""
+    """``id`` is permanent and unique in a model; ``local`` is its path inside the list that holds it. ``inside``: the id
+    of the item of the same list that runs this one in its own way; the list then leaves it to that item."""
 
     id: str = ""
+    inside: str = ""
     local: str = ""
     block: int = 0
     width: int = 0
@@ -40,6 +42,10 @@ class Item(nn.Module):
     def held(self) -> Iterator[Item]:
         """Items inside this one."""
         return iter(())
+
+    def paths_inside(self, path: str) -> Iterator[str]:
+        """The paths below which this item runs what it holds, from its own ``path``; each ends with a point or is empty."""
+        yield f"{path}."
 
     def parts(self) -> Iterator[tuple[str, Part]]:
         """(path below the item's own, part) of what it runs directly."""
@@ -94,6 +100,7 @@ class Residual(Item):
         self.norm = norm
         self.norm_out = norm_out
         self.combine = combine
+        self.beside: Beside | None = None
 
     @property
     def dropped(self) -> bool:
@@ -104,7 +111,8 @@ class Residual(Item):
         if self.part is None:
             raise SpecError(f"{self.id} is already dropped")
         removed: dict[str, nn.Module | None] = {"part": self.part, "combine": self.combine, "norm_out": self.norm_out}
-        self.part, self.norm_out = None, None
+        removed["beside"] = self.beside
+        self.part, self.norm_out, self.beside = None, None, None
         self.combine = nn.Identity()
         if self.order != "post":
             removed["norm"] = self.norm
@@ -121,13 +129,13 @@ class Residual(Item):
 
     def forward(self, x: Tensor, ctx: Context) -> tuple[Tensor, Context]:
         # Looked up once: attributes of a module cost more than anything else here.
-        part, norm, combine, norm_out = self.part, self.norm, self.combine, self.norm_out
+        part, norm, combine, norm_out, beside = self.part, self.norm, self.combine, self.norm_out, self.beside
         post = self.order == "post"
         if part is None:
             return (x if norm is None else norm(x)), ctx
         inner = ctx.at(self.local)
         plain = getattr(combine, "plain", False)
-        direct = plain and norm_out is None and not inner.wants("output")
+        direct = plain and norm_out is None and beside is None and not inner.wants("output")
         direct = direct and (inner.offsets is None or part.traits.packed) and not hooked(part)
         if direct:
             step = part.step(inner, norm, not post)
@@ -142,6 +150,8 @@ class Residual(Item):
             y = repacked(part, seen, inner)
         else:
             y = part(seen, inner)
+        if beside is not None:
+            y = beside(seen, y, inner.at("beside"))
         inner.note("output", y)
         if norm_out is not None:
             y = norm_out(y)
@@ -153,7 +163,7 @@ class Residual(Item):
     def step(self, ctx: Context) -> Step | None:
         held = self._modules  # where a look-up takes a fifth of the time of an attribute
         part, norm, combine = held.get("part"), held.get("norm"), held.get("combine")
-        if part is None or held.get("norm_out") is not None or ctx.notes is not None:
+        if part is None or held.get("norm_out") is not None or held.get("beside") is not None or ctx.notes is not None:
             return None
         if not getattr(combine, "plain", False) or hooked(self) or hooked(part):
             return None
@@ -161,8 +171,24 @@ class Residual(Item):
         return part.step(inner, norm, self.order != "post")  # type: ignore[operator]
 
     def cost(self, shape: Shape) -> Cost:
-        held = [m for m in (self.part, self.norm, self.norm_out, self.combine) if m is not None and hasattr(m, "cost")]
+        every = (self.part, self.beside, self.norm, self.norm_out, self.combine)
+        held = [module for module in every if module is not None and hasattr(module, "cost")]
         return cost_sum([module.cost(shape) for module in held])  # type: ignore[operator]
+
+
+class Beside(nn.Module):
+    """A small part added to a residual's own, before the norm and the sum that follow: y + part(what the residual's part
+    saw), or, ``behind`` it, y + part(y)."""
+
+    def __init__(self, part: Part, behind: bool = False) -> None:
+        super().__init__()
+        self.part, self.behind = part, behind
+
+    def forward(self, seen: Tensor, y: Tensor, ctx: Context) -> Tensor:
+        return y + self.part(y if self.behind else seen, ctx)
+
+    def cost(self, shape: Shape) -> Cost:
+        return self.part.cost(shape)
 
 
 class Bare(Item):
@@ -218,11 +244,27 @@ class ItemList(nn.Module):
         assert holder is not None
         holder.add_module(name, item)
 
+    def insert(self, item: Item, before: Item) -> None:
+        """Hold ``item`` in the block of ``before`` and in its place."""
+        block: Any = self._modules[before.local.partition(".")[0]]
+        order = list(block._modules.items())
+        block._modules.clear()
+        for name, held in order:
+            if held is before:
+                block.add_module(item.local.partition(".")[2], item)
+            block.add_module(name, held)
+
+    def remove(self, item: Item) -> None:
+        """Hold ``item`` no longer."""
+        block, _, name = item.local.partition(".")
+        delattr(self._modules[block], name)
+
     def items(self) -> Iterator[Item]:
         """The items of this list in order, not those inside them."""
         for block in self._modules.values():
             if isinstance(block, Block):
-                yield from block._modules.values()  # type: ignore[misc]
+                held: Any = block._modules.values()
+                yield from (item for item in held if not item.inside)
 
 
 class Block(nn.Module):
@@ -242,6 +284,9 @@ class Loop(Item, ItemList):
 
     def held(self) -> Iterator[Item]:
         return self.items()
+
+    def paths_inside(self, path: str) -> Iterator[str]:
+        yield from (f"{path}@{index}." for index in range(self.times))
 
     def forward(self, x: Tensor, ctx: Context) -> tuple[Tensor, Context]:
         rounds = ctx.knobs.get("loops", self.times)

@@ -194,11 +194,8 @@ class Model(TextFace, ItemList):
                 for below, part in item.parts():
                     for name, slot in part.slots().items():
                         found[f"{path}{below}.{name}"] = slot
-                if isinstance(item, ItemList):
-                    for index in range(item.times):  # type: ignore[attr-defined, arg-type]
-                        visit(item.held(), f"{path}@{index}.")
-                else:
-                    visit(item.held(), f"{path}.")
+                for inner in item.paths_inside(path):
+                    visit(item.held(), inner)
 
         visit(self.items(), "")
         return found
@@ -308,7 +305,7 @@ class Model(TextFace, ItemList):
                 if id is not None and id not in places:
                     inside = any(item.id == id for item in self.walk())
                     raise (
-                        Refusal(f"{id} lies inside a loop or shared list; a pass can be cut at {', '.join(places)}")
+                        Refusal(f"{id} lies inside a loop, a shared list or a reversible run; a pass can be cut at {', '.join(places)}")
                         if inside
                         else SpecError(unknown("item", id, places))
                     )
