@@ -22,8 +22,8 @@ Order = Literal["pre", "post", "sandwich"]
 
 
 class Item(nn.Module):
-    """``id`` is permanent and unique in a model; ``local`` is its path inside the list that holds it. ``inside``: the id
-    of the item of the same list that runs this one in its own way; the list then leaves it to that item."""
+    """``id`` is permanent and unique in a model; ``local`` is its path inside the list that holds it. ``inside``: the
+    id of the item of the same list that runs this one in its own way; the list then leaves it to that item."""
 
     id: str = ""
     inside: str = ""
@@ -44,7 +44,7 @@ class Item(nn.Module):
         return iter(())
 
     def paths_inside(self, path: str) -> Iterator[str]:
-        """The paths below which this item runs what it holds, from its own ``path``; each ends with a point or is empty."""
+        """Where this item, at ``path``, runs what it holds: beginnings of paths, with their point, once a round."""
         yield f"{path}."
 
     def parts(self) -> Iterator[tuple[str, Part]]:
@@ -177,8 +177,8 @@ class Residual(Item):
 
 
 class Beside(nn.Module):
-    """A small part added to a residual's own, before the norm and the sum that follow: y + part(what the residual's part
-    saw), or, ``behind`` it, y + part(y)."""
+    """A small part added to a residual's own, before the norm and the sum that follow: y + part(seen), of what the
+    residual's part saw, or, ``behind`` it, y + part(y)."""
 
     def __init__(self, part: Part, behind: bool = False) -> None:
         super().__init__()

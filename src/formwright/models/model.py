@@ -305,7 +305,10 @@ class Model(TextFace, ItemList):
                 if id is not None and id not in places:
                     inside = any(item.id == id for item in self.walk())
                     raise (
-                        Refusal(f"{id} lies inside a loop, a shared list or a reversible run; a pass can be cut at {', '.join(places)}")
+                        Refusal(
+                            f"{id} lies inside a loop, a shared list or a reversible run; "
+                            f"a pass can be cut at {', '.join(places)}"
+                        )
                         if inside
                         else SpecError(unknown("item", id, places))
                     )

@@ -155,7 +155,8 @@ class Reversible(Item):
         call = Call(self, ctx, x.dtype)
         one = two = call.rounded(x.to(torch.float64) if self.exact else x)
         leaves = ctx.leaves()
-        wanting = list(dict.fromkeys(p for index in range(len(self.layers)) for p in sum(self.trainable(index), [])))
+        sides = [side for index in range(len(self.layers)) for side in self.trainable(index)]
+        wanting = list(dict.fromkeys(parameter for side in sides for parameter in side))
         if self._recomputes(x, [*leaves, *wanting], ctx):
             one, two, losses = Recomputed.apply(call, one, two, len(leaves), *leaves, *wanting)  # type: ignore[no-untyped-call]
             if call.lost:
