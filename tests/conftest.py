@@ -63,6 +63,12 @@ def closed_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept to be used again lies in a folder of the tests', not in the user's."""
+    monkeypatch.setenv("FORMWRIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
 def fixed_seeds() -> Iterator[None]:
     """Every test starts from the same generators and leaves one thread behind."""
     random.seed(0)

@@ -184,3 +184,42 @@ def test_gradients_under_checkpointing(reentrant: bool) -> None:
     out.square().sum().backward()
     for tensor, wanted in zip((q, k, v), plain):
         torch.testing.assert_close(tensor.grad, wanted, rtol=1e-12, atol=1e-12)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=5).filter(sum),
+    groups=st.sampled_from([(4, 4), (4, 2), (3, 1)]),
+    width=st.sampled_from([16, 32, 48, 80]),
+    causal=st.booleans(),
+)
+def test_packed_gradients_by_the_kernel_are_the_definition(
+    lengths: list[int], groups: tuple[int, int], width: int, causal: bool
+) -> None:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    total, (heads, held) = sum(lengths), groups
+    borders = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    spans = list(pairwise(borders))
+    # Keys and values as two halves of one product, so that their rows lie apart.
+    q = torch.randn(1, total, heads, width, generator=generator, requires_grad=True)
+    both = torch.randn(1, total, 2, held, width, generator=generator, requires_grad=True)
+    grad = torch.randn(1, total, heads, width, generator=generator)
+    y = packed_attention(q, both[:, :, 0], both[:, :, 1], spans, causal=causal, scale=0.3)
+    found = torch.autograd.grad(y, (q, both), grad)
+    exact = [t.detach().double().requires_grad_() for t in (q, both)]
+    wanted = packed_attention(exact[0], exact[1][:, :, 0], exact[1][:, :, 1], spans, causal=causal, scale=0.3)
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
+    for one, two in zip(found, torch.autograd.grad(wanted, exact, grad.double())):
+        torch.testing.assert_close(one.double(), two, rtol=1e-4, atol=2e-5)
+
+
+def test_second_derivatives_of_packed_attention() -> None:
+    generator = torch.Generator().manual_seed(0)
+    spans, found = [(0, 5), (5, 6), (6, 9)], []
+    tensors = [torch.randn(1, 9, 2, 16, generator=generator) for _ in range(3)]
+    for dtype in (torch.float32, torch.float64):
+        q, k, v = (t.to(dtype).requires_grad_() for t in tensors)
+        y = packed_attention(q, k, v, spans, causal=True)
+        (first,) = torch.autograd.grad(y.square().sum(), q, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), (q, k, v)))
+    for one, two in zip(*found):
+        torch.testing.assert_close(one.double(), two, rtol=1e-3, atol=1e-3)

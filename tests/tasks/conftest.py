@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,11 @@ import pytest
 import torch
 
 from formwright.models.batch import Batch
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORMWRIGHT_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -23,9 +29,11 @@ class Bytes:
     """Id = byte + 2; 1 parts a pair; characters of several bytes give several tokens of the same span."""
 
     pad_id = 0
+    size = 258
+    files = {"bytes": b""}
 
     def encode(
-        self, texts: list[str], pairs: list[str] | None = None, max_length: int | None = None
+        self, texts: list[str], pairs: list[str] | None = None, max_length: int | None = None, special: bool = True
     ) -> list[list[int]]:
         joined = texts if pairs is None else [f"{text}\x00{pair}" for text, pair in zip(texts, pairs)]
         return [[1 if byte == 0 else byte + 2 for byte in text.encode()][:max_length] for text in joined]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import pairwise
 from math import log2
 from pathlib import Path
 from typing import Any
@@ -95,35 +97,40 @@ def test_a_model_that_knows_the_next_token_costs_nothing(tmp_path: Path, make: A
     assert made.score(make.logit_view(oracle), "select").value == pytest.approx(0.0, abs=1e-6)
 
 
-def test_training_batches(tmp_path: Path, make: Any) -> None:
-    made = task("lm", data=folder(tmp_path / "texts"), length=32, rows=4)
+def test_training_batches_are_packed(tmp_path: Path, make: Any) -> None:
+    made = task("lm", data=folder(tmp_path / "texts"), length=32, tokens=100)
     made.bind(make.model(max_length=64))
-    batches = list(made.batches("calibrate", seed=0, budget=500))
-    assert len(batches) == 500
-    assert batches[0].inputs["tokens"].shape == (4, 32)
+    batches = list(made.batches("calibrate", seed=0, budget=300))
+    assert len(batches) == 300
     for batch in batches[:20]:
-        tokens, targets = batch.inputs["tokens"], batch.targets["tokens"]
-        assert tokens.shape == targets.shape
-        inner = targets[:, :-1] != -100
-        assert torch.equal(
-            tokens[:, 1:][inner & (targets[:, 1:] != -100)], targets[:, :-1][inner & (targets[:, 1:] != -100)]
-        )
-        assert torch.equal((targets != -100).sum(1), batch.lengths["tokens"])
+        tokens, targets, offsets = batch.inputs["tokens"], batch.targets["tokens"], batch.offsets["tokens"]
+        assert tokens.shape == targets.shape == (1, int(offsets[-1])) and 64 < tokens.shape[1] <= 100
+        for start, stop in pairwise(offsets.tolist()):
+            assert torch.equal(tokens[0, start + 1 : stop], targets[0, start : stop - 1]) and 0 < stop - start <= 32
     again = list(made.batches("calibrate", seed=0, budget=3))
     assert all(torch.equal(a.inputs["tokens"], b.inputs["tokens"]) for a, b in zip(batches, again))
+    later = made.drawer("calibrate", 0)(299)
+    assert torch.equal(later.inputs["tokens"], batches[-1].inputs["tokens"])
     other = next(iter(made.batches("calibrate", seed=1, budget=1)))
     assert not torch.equal(other.inputs["tokens"], batches[0].inputs["tokens"])
+    with pytest.raises(SpecError, match="test is only scored"):
+        made.drawer("test", 0)
+    with pytest.raises(SpecError, match="tokens=31 of a batch must be at least the length of a piece, 32"):
+        task("lm", data=tmp_path / "texts", length=32, tokens=31)
 
 
 def test_an_epoch_shows_every_token_once(tmp_path: Path, make: Any) -> None:
     made = task("lm", data=folder(tmp_path / "texts", 9), length=16, rows=1)
     made.bind(make.model())
-    expected = sum(len(text.encode()) - 1 for text in made.parts["calibrate"])
-    count = sum(len(windows(make.tokenizer(), text, 16)) for text in made.parts["calibrate"])
-    seen = sum(
-        int((batch.targets["tokens"] != -100).sum()) for batch in made.batches("calibrate", seed=0, budget=count)
-    )
-    assert seen == expected
+    texts = [path.read_text(encoding="utf-8") for path in sorted((tmp_path / "texts").iterdir())]
+    held = [text for text in texts if text in made.texts("calibrate")]
+    assert len(held) == 7
+    wanted = Counter(byte + 2 for text in held for byte in text.encode()[1:])
+    draw, seen, index = made.drawer("calibrate", 3), Counter(), 0
+    while sum(seen.values()) < sum(wanted.values()):
+        seen.update(draw(index).targets["tokens"].flatten().tolist())
+        index += 1
+    assert seen == wanted
 
 
 def test_files_stay_whole_and_identical_ones_together(tmp_path: Path) -> None:
@@ -160,7 +167,7 @@ def test_one_file_is_split_in_pieces(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_text("".join(f"line {i} of the book\n" for i in range(5000)), encoding="utf-8")
     made = task("lm", data=path)
-    assert any(line.startswith("fewer than three files, so they are split in pieces: ") for line in made.describe())
+    assert any(line.startswith("fewer than three files, so they are split in pieces of ") for line in made.describe())
     assert sorted("".join(made.texts(split)).count("\n") for split in SPLITS)[0] > 100
     path.write_text("short\n", encoding="utf-8")
     with pytest.raises(DataError, match="has 1 different texts; three splits need at least 3"):

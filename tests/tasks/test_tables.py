@@ -84,7 +84,7 @@ def test_a_long_text_is_read_and_the_limit_restored(tmp_path: Path) -> None:
         ("t.csv", b"\xef\xbb\xbfa,b\n\xff,y\n", r"t.csv is not UTF-8: byte 7 \(line 2\) is 0xff"),
         ("t.jsonl", b'{"a": 1}\n{"a": }\n', r"t.jsonl, line 2, column 7: not JSON: Expecting value"),
         ("t.jsonl", b"[1]\n", r"t.jsonl, line 1: a line must be an object with named fields"),
-        ("t.xlsx", b"PK", r"t.xlsx: a table ends in .csv, .tsv, .jsonl, .ndjson; this one in '.xlsx'"),
+        ("t.xlsx", b"PK", r"t.xlsx: a table ends in .csv, .tsv, .jsonl, .ndjson, .parquet; this one in '.xlsx'"),
     ],
 )
 def test_refusals(tmp_path: Path, name: str, content: bytes, sentence: str) -> None:

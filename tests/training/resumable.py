@@ -1,6 +1,7 @@
 """A process that forks a trainer for every line it reads, so that tests can kill trainers without importing torch anew.
 
-Input: a run directory. Output: ``pid N``, then ``step N`` after every step, then ``ended STATUS`` (of waitpid).
+Input: a run directory and, after a space, the name of a variant. Output:
+``pid N``, then ``step N`` after every step, then ``ended STATUS`` (of waitpid).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from formwright.models.batch import Batch, Score
 from formwright.models.build import build
 from formwright.tasks.base import Task
 from formwright.training import train
-from formwright.training.hooks import EMA, Evaluate, Hook
+from formwright.training.checkpoint import RunDirectory
+from formwright.training.hooks import EMA, EarlyStopping, Evaluate, Hook
 
 VOCAB = 32
 STEPS = 24
@@ -90,7 +92,16 @@ def go(out: str, resume: bool, quiet: bool = False, hooks=(), **settings):
         resume=resume,
         hooks=[EMA(0.9), Tell(quiet), Evaluate(task, "select", every=5), *hooks],
         show=False,
+        plot=False,
     )
+
+
+def variant(name: str) -> dict:
+    """Settings of a run: as it is, or with everything that carries more from step to step."""
+    if name == "plain":
+        return {}
+    stopping = EarlyStopping(patience=3, least=9.0, higher_is_better=False)  # ends the run after step 20
+    return {"precision": name, "gradient_checkpointing": 1, "batch": 6, "accumulation": 1, "hooks": [stopping]}
 
 
 def serve() -> None:
@@ -100,12 +111,12 @@ def serve() -> None:
     warm.grad = torch.zeros_like(warm)
     torch.optim.AdamW([warm], fused=True).step()
     for line in sys.stdin:
-        out = line.strip()
+        out, name = line.split()
         pid = os.fork()
         if pid == 0:
             code = 1
             try:
-                go(out, resume=os.path.exists(os.path.join(out, "recipe.json")))
+                go(out, resume=RunDirectory(out).begun, **variant(name))
                 code = 0
             finally:
                 sys.stdout.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from formwright.objectives.causal_lm import CausalLM
 from formwright.training import Recipe, train
 from formwright.training.hooks import EMA, EarlyStopping, Evaluate, Hook
 from formwright.training.parameters import addresses, chosen, groups
+from formwright.training.scaling import LossScale
 from formwright.training.schedules import SHAPES, factor
 from formwright.training.sources import Buckets, FromList, FromTask
 from training.resumable import Counting, batch, model
@@ -46,7 +48,8 @@ def test_schedules_stay_between_zero_and_one_and_fall_after_warming_up(name, war
         assert later >= value
     elif p >= warmup:
         assert later <= value + 1e-12
-    assert factor(name, 1.0, warmup, floor) == pytest.approx(1.0 if name == "constant" else floor)
+    if name not in ("constant", "inverse-sqrt"):
+        assert factor(name, 1.0, warmup, floor) == pytest.approx(floor)
     assert factor(name, warmup, warmup, floor) == pytest.approx(1.0)
 
 
@@ -54,6 +57,8 @@ def test_schedules_at_known_points():
     assert factor("cosine", 0.5) == pytest.approx(0.5)
     assert factor("linear", 0.75, floor=0.2) == pytest.approx(0.2 + 0.8 * 0.25)
     assert factor("cosine", 0.05, warmup=0.1) == pytest.approx(0.5)
+    assert factor("constant", 1.0) == 1.0 and factor("inverse-sqrt", 0.4, warmup=0.1) == pytest.approx(0.5)
+    assert factor("inverse-sqrt", 1.0, warmup=0.0) == pytest.approx(0.1)
     assert factor("wsd", 0.8) == pytest.approx(1.0) and factor("wsd", 0.9) == pytest.approx(0.5)
 
 
@@ -243,10 +248,79 @@ def test_bfloat16_products_leave_parameters_in_float32():
     assert {p.dtype for p in m.parameters()} == {torch.float32}
 
 
+def test_float16_scales_its_loss_and_skips_a_step_that_overflows(tmp_path):
+    class Overflow(Hook):
+        """The first gradient overflows; its step is lost and no other."""
+
+        def __init__(self) -> None:
+            self.factors, self.weights = [], []
+
+        def gradients(self, run) -> None:
+            if run.step == 0:
+                next(p.grad for p in run.parameters.values() if p.grad is not None).view(-1)[0] = math.inf
+
+        def stepped(self, run) -> None:
+            self.factors.append(run.scale.factor)
+            self.weights.append(weights(run.model))
+
+    hook = Overflow()
+    m = trained(batch, steps=4, precision="float16", hooks=[hook]).model
+    assert hook.factors[0] == 2.0**15 and {p.dtype for p in m.parameters()} == {torch.float32}
+    start = weights(model())
+    for before, after, factors in zip((start, *hook.weights), hook.weights, pairwise((2.0**16, *hook.factors))):
+        still = all(torch.equal(a, b) for a, b in zip(before, after))
+        assert still == (factors[1] < factors[0])  # a step is lost where the scale falls, and nowhere else
+    assert hook.factors[-1] == hook.factors[-2]
+    scale = LossScale("float16")
+    for _ in range(2000):
+        scale.step_used()
+    assert scale.factor == 2.0**17 and [scale.overflowed() for _ in range(28)][-2:] == [True, False]
+    assert not LossScale("float32").overflowed()
+
+
+def test_an_empty_batch_is_named_and_one_without_targets_moves_nothing():
+    whole = batch(0, 0)
+    none = Batch(inputs={"tokens": whole.inputs["tokens"][:0]}, targets={"tokens": whole.targets["tokens"][:0]})
+    short = Batch(inputs={"tokens": whole.inputs["tokens"][:, :0]}, targets={"tokens": whole.targets["tokens"][:, :0]})
+    for empty in (none, short):
+        with pytest.raises(DataError, match="batch 1 of the data is empty"):
+            trained(lambda seed, index, empty=empty: empty if index else whole, steps=3)
+    silent = whole.replace(targets={"tokens": torch.full_like(whole.targets["tokens"], -100)})
+    m = trained(lambda seed, index: silent, steps=2).model
+    assert all(torch.equal(a, b) for a, b in zip(weights(m), weights(model())))
+
+
+def test_patience_ends_a_run_and_the_model_keeps_its_best_weights(tmp_path):
+    class Falling(Counting):
+        """Scores that are best at the second evaluation."""
+
+        def __init__(self) -> None:
+            self.given, self.seen = iter([3.0, 1.0, 2.0, 2.0, 2.0]), []
+
+        def score(self, view, split):
+            self.seen.append(weights(view))
+            return Score(next(self.given))
+
+    task = Falling()
+    done = trained(task, steps=20, evaluate_every=2, patience=2, out=tmp_path / "run", plot=False)
+    assert done.steps == 8 and done.why == "no better score in 2 evaluations"
+    assert all(torch.equal(a, b) for a, b in zip(weights(done.model), task.seen[1]))
+    with pytest.raises(SpecError, match="evaluate_every"):
+        trained(batch, patience=2)
+
+
 def test_everything_wrong_with_a_recipe_is_said_at_once():
     with pytest.raises(SpecError) as error:
-        Recipe(schedule="cosin", warmup=2.0, lr=-1.0, precision="half", betas=(1.0, 0.5))
-    for said in ("did you mean 'cosine'", "warmup=2.0", "needs an end", "lr and weight_decay", "precision", "betas"):
+        Recipe(schedule="cosin", warmup=2.0, lr=-1.0, precision="half", betas=(1.0, 0.5), gradient_checkpointing=-1)
+    for said in (
+        "did you mean 'cosine'",
+        "warmup=2.0",
+        "needs an end",
+        "lr and weight_decay",
+        "precision",
+        "betas",
+        "gradient_checkpointing",
+    ):
         assert said in str(error.value)
     with pytest.raises(SpecError, match=r"'stepz'; did you mean 'steps'"):
         trained(batch, stepz=3)

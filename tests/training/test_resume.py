@@ -20,7 +20,7 @@ from formwright.kit.journal import Lock, read_jsonl
 from formwright.training import Diverged, Interrupted, train
 from formwright.training.checkpoint import RunDirectory
 from formwright.training.hooks import Hook
-from training.resumable import STEPS, Counting, go, model
+from training.resumable import STEPS, Counting, go, model, variant
 
 FILES = ("models.safetensors", "optimizers.safetensors", "extra.safetensors")
 
@@ -51,36 +51,44 @@ def whole(tmp_path_factory):
     return trained, ending(out)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_at_random_moments_and_resumed_ends_in_the_same_bits(whole, tmp_path):
-    out = tmp_path / "run"
+@pytest.fixture(scope="module")
+def server():
     script = Path(__file__).with_name("resumable.py")
-    server = subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    yield process
+    process.stdin.close()
+    process.wait()
+    process.stdout.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize(("name", "most"), [("plain", 6), ("bfloat16", 4), ("float16", 3)])
+def test_killed_at_random_moments_and_resumed_ends_in_the_same_bits(name, most, whole, server, tmp_path):
+    out = tmp_path / "run"
+    if name != "plain":
+        trained = go(str(tmp_path / "whole"), resume=False, quiet=True, **variant(name))
+        assert trained.why == "no better score in 3 evaluations" and trained.steps == 20
+        whole = trained, ending(tmp_path / "whole")
     dice, kills, status = random.Random(7), 0, -1
-    try:
-        for _ in range(40):
-            server.stdin.write(f"{out}\n")
-            server.stdin.flush()
-            pid = int(next(line for line in server.stdout if line.startswith("pid")).split()[1])
-            steps, wanted = 0, dice.randint(1, 6)
-            for line in server.stdout:
-                if line.startswith("ended"):
-                    status = int(line.split()[1])
-                    break
-                steps += line.startswith("step")
-                if steps == wanted and kills < 6:
-                    time.sleep(dice.random() * 0.02)  # somewhere within a step or a checkpoint
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                        kills += 1
-            if status == 0:
+    for _ in range(40):
+        server.stdin.write(f"{out} {name}\n")
+        server.stdin.flush()
+        pid = int(next(line for line in server.stdout if line.startswith("pid")).split()[1])
+        steps, wanted = 0, dice.randint(1, 6)
+        for line in server.stdout:
+            if line.startswith("ended"):
+                status = int(line.split()[1])
                 break
-            assert status == signal.SIGKILL
-    finally:
-        server.stdin.close()
-        server.wait()
-        server.stdout.close()
-    assert status == 0 and kills >= 3
+            steps += line.startswith("step")
+            if steps == wanted and kills < most:
+                time.sleep(dice.random() * 0.02)  # somewhere within a step or a checkpoint
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    kills += 1
+        if status == 0:
+            break
+        assert status == signal.SIGKILL
+    assert status == 0 and kills >= 2
     same(whole[1], ending(out))
 
 
@@ -95,13 +103,14 @@ class At(Hook):
             self.action()
 
 
-def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(whole, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(number, whole, tmp_path):
     out = tmp_path / "run"
-    interrupt = At(7, lambda: os.kill(os.getpid(), signal.SIGINT))
-    before = signal.getsignal(signal.SIGINT)
+    interrupt = At(7, lambda: os.kill(os.getpid(), number))
+    before = signal.getsignal(number)
     with pytest.raises(Interrupted, match=r"after step 7; .*000007 is saved.*resume=True"):
         go(str(out), resume=False, quiet=True, hooks=[interrupt])
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
     assert RunDirectory(out).checkpoints()[-1] == 7
     with pytest.raises(DataError, match="started with hooks"):
         go(str(out), resume=True, quiet=True)
@@ -175,6 +184,38 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(tmp_path):
     assert RunDirectory(out).checkpoints()[-1] == 4
     assert all(bool(torch.isfinite(p).all()) for p in m.parameters())
     assert m.history == []
+
+
+@contextlib.contextmanager
+def limited(size: int):
+    """Within (from its start to its close), no file may grow beyond ``size`` bytes: a disk that is nearly full."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on(whole, tmp_path):
+    out = tmp_path / "run"
+    with contextlib.ExitStack() as stack, pytest.raises(DataError, match=r"step 9 cannot .*000006 is kept\. Make room"):
+        go(str(out), resume=False, quiet=True, hooks=[At(8, lambda: stack.enter_context(limited(9000)))])
+    assert RunDirectory(out).checkpoints()[-1] == 6 and not list(out.glob("steps/*.tmp-*"))
+    go(str(out), resume=True, quiet=True, hooks=[At(-1, None)])
+    plain = {name: value for name, value in ending(out).items() if name != "state"}
+    same({name: whole[1][name] for name in plain}, plain)
+
+
+def test_a_system_that_says_no_space_is_heard(tmp_path, monkeypatch):
+    def full(*given, **more):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(DataError, match=r"checkpoint of step 3 .*disk is full.* there is none from before"):
+        hooks = [At(2, lambda: monkeypatch.setattr("formwright.training.checkpoint.save_file", full))]
+        go(str(tmp_path / "run"), resume=False, quiet=True, hooks=hooks)
 
 
 def test_old_checkpoints_go_but_the_best_stays(tmp_path):

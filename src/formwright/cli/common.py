@@ -17,7 +17,9 @@ TaskName = Annotated[
     str | None,
     typer.Option("--task", help="retrieval/stdlib, lm/stdlib, classification, retrieval, lm, or FILE.py:NAME"),
 ]
-Data = Annotated[str | None, typer.Option("--data", help="your file (CSV, TSV, JSONL) or directory of texts")]
+Data = Annotated[
+    str | None, typer.Option("--data", help="your table (CSV, TSV, JSONL, Parquet, a saved data set) or texts")
+]
 Text = Annotated[str | None, typer.Option("--text", help="column of the text")]
 Label = Annotated[str | None, typer.Option("--label", help="column of the label")]
 Pair = Annotated[str | None, typer.Option("--pair", help="column of a second text")]
@@ -79,11 +81,11 @@ def read_texts(data: Path | None, text: str | None, given: list[str] | None = No
         if sys.stdin.isatty():
             raise SpecError("give texts, or --data FILE (with --text COLUMN for a table)")
         return [line.rstrip("\n") for line in sys.stdin]
-    if not data.is_file():
-        raise DataError(f"{data} does not exist or is not a file")
-    if data.suffix.lower() in (".csv", ".tsv", ".jsonl"):
-        from formwright.tasks.tables import read_table
+    from formwright.tasks.tables import is_rows, read_table
 
+    if not data.is_file() and not is_rows(data):
+        raise DataError(f"{data} does not exist or is not a file")
+    if is_rows(data):
         table = read_table(data)
         column = table.column(text) if text is not None else only_column(table)
         return [row[column] for row in table.rows]

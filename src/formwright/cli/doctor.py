@@ -14,6 +14,7 @@ from formwright.registry import register
 #: extra -> (what it is for, modules it brings)
 EXTRAS = {
     "report": ("the interactive picture in report.html", ("plotly",)),
+    "data": ("--data with Parquet files and saved data sets", ("pyarrow", "datasets")),
     "onnx": ("formwright export --format onnx", ("onnx", "onnxscript")),
     "ray": ("formwright slim --ray, a search spread over a cluster", ("ray",)),
 }

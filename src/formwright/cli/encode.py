@@ -17,7 +17,7 @@ def encode(
     model: Model,
     texts: Annotated[list[str] | None, typer.Argument(help="texts; or --data, or lines on standard input")] = None,
     data: Annotated[
-        Path | None, typer.Option("--data", help="a table (CSV, TSV, JSONL) or a text file, a text a line")
+        Path | None, typer.Option("--data", help="a table (see predict) or a text file, a text a line")
     ] = None,
     text: Text = None,
     out: Annotated[Path | None, typer.Option("--out", help="a .npy file; without it JSON is printed")] = None,

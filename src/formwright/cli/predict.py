@@ -14,11 +14,14 @@ from formwright.cli.common import Model, Out, Pair, Plugin, Text, Threads, load,
 from formwright.kit.errors import SpecError
 from formwright.registry import register
 
+#: What a table is written as, by its suffix.
+WRITTEN = (".csv", ".tsv", ".jsonl")
+
 
 @register("verb", "predict", summary="labels for the rows of a table")
 def predict(
     model: Model,
-    data: Annotated[Path, typer.Option("--data", help="a CSV, TSV or JSONL file")],
+    data: Annotated[Path, typer.Option("--data", help="a table: CSV, TSV, JSONL, Parquet, or a saved data set")],
     text: Text = None,
     pair: Pair = None,
     out: Out = None,
@@ -38,7 +41,9 @@ def predict(
     if clash:
         raise SpecError(f"{table.name} already has a column {clash[0]!r}; rename it first")
     suffix = (out or data).suffix.lower()
-    if suffix not in (".csv", ".tsv", ".jsonl"):
+    if out is None and suffix not in WRITTEN:
+        suffix = ".csv"
+    if suffix not in WRITTEN:
         raise SpecError(f"--out {out}: a table ends in .csv, .tsv or .jsonl")
     texts = [row[column] for row in table.rows]
     found = load(model, plugin).predict(texts, [row[other] for row in table.rows] if other else None, batch_size=batch)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from formwright.kit.errors import DataError, FormwrightError, Refusal, SpecError, unknown
 from formwright.models.batch import EMPTY, Batch
 from formwright.models.build import Builder
-from formwright.models.items import Item, ItemList, Reshape, Residual, describe, run, run_cost, walk
+from formwright.models.items import Item, ItemList, Reshape, Residual, describe, run_cost, walk
+from formwright.models.recompute import run_spans
 from formwright.models.text import TextFace
 from formwright.parts.base import (
     Cost,
@@ -57,6 +58,9 @@ class Entry:
 class Model(TextFace, ItemList):
     """See the module. Made by :func:`formwright.models.build.build`; ``spec`` is the model as first written and never
     changes, what it is now is read from its modules (:meth:`walk`, :meth:`layout`)."""
+
+    #: Items of a span whose activations are computed again in a backward pass; 0 keeps them.
+    recompute: int = 0
 
     def __init__(self, spec: ModelSpec, stem: nn.Module | None = None) -> None:
         super().__init__()
@@ -313,7 +317,7 @@ class Model(TextFace, ItemList):
                         else SpecError(unknown("item", id, places))
                     )
             items = items[places.get(start, 0) if start else 0 : places[stop] if stop else len(items)]
-        return run(items, x, ctx)
+        return run_spans(items, x, ctx, self.recompute)
 
     def read(self, x: Tensor, ctx: Context, head: str | None = None) -> Any:
         """The final norm and a head: its tensor, or a dict of all when there are several and none is named."""

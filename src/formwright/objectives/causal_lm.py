@@ -2,9 +2,11 @@
 
     total = - sum over tokens with a target of log p(target | tokens up to this one)
 
-Logits are made for tokens that have a target only, and when they would exceed ``LOGITS`` numbers, chunk by chunk and
-once more in the backward pass, so that memory does not grow with vocabulary x tokens. Cost: one head product more a
-chunked token.
+Logits are made for tokens that have a target only, a few at a time, and never kept: a plain head's product and its loss
+are one op (:mod:`formwright.ops.linear_cross_entropy`), whose gradients are made in the same pass. Other heads make
+their logits once more in the backward pass where they would exceed ``LOGITS`` numbers. Memory does not grow with
+vocabulary x tokens. ``z`` adds z * log(sum of exp(logits))^2 a token (Chowdhery et al., 2022, 2204.02311), which keeps
+logits from drifting.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from formwright.kit.errors import DataError
 from formwright.models.batch import Batch, Loss
 from formwright.objectives import base
 from formwright.objectives.base import Gen, Models, Objective
+from formwright.ops.linear_cross_entropy import linear_cross_entropy
 from formwright.parts.context import Context
 from formwright.registry import Paper, register
 
@@ -32,12 +35,15 @@ class CausalLM(Objective):
     """Reads ``targets["tokens"]`` (B, L), or (1, T) packed: the id that follows each token, -100 where there is none.
 
     Args: head: name of the head where the model has several that speak of tokens. smoothing: label smoothing, 0 to 1.
-        logits: numbers of logits held at once.
+        z: weight of the squared logarithm of the normaliser, 0 to 1. logits: numbers of logits held at once at most.
     """
 
-    def __init__(self, head: str | None = None, smoothing: float = 0.0, logits: int = base.LOGITS) -> None:
+    def __init__(
+        self, head: str | None = None, smoothing: float = 0.0, z: float = 0.0, logits: int = base.LOGITS
+    ) -> None:
         self.head = head
         self.smoothing = base.check_unit("smoothing", smoothing, 0.0, 1.0)
+        self.z = base.check_unit("z", z, 0.0, 1.0)
         self.logits = logits
 
     def bind(self, models: Models) -> None:
@@ -63,22 +69,29 @@ class CausalLM(Objective):
                 f"causal-lm wants one target a token: targets {tuple(wanted.shape)}, tokens {tuple(x.shape[:2])}"
             )
         chosen = wanted != IGNORED
-        total = summed_nll(head, x[chosen], wanted[chosen], ctx, self.smoothing, self.logits)
+        total = summed_nll(head, x[chosen], wanted[chosen], ctx, self.smoothing, self.logits, self.z)
         count = chosen.sum()
         whole, parts = base.with_auxiliary(total, count, notes)
         return {"model": Loss(whole, count, {"nats": total.detach(), **parts})}
 
 
-def summed_nll(head: Any, states: Tensor, ids: Tensor, ctx: Context, smoothing: float, most: int) -> Tensor:
-    """Sum of -log p of ``ids`` (N,) given states (N, W) before the head."""
+def summed_nll(
+    head: Any, states: Tensor, ids: Tensor, ctx: Context, smoothing: float, most: int, z: float = 0.0
+) -> Tensor:
+    """Sum of -log p of ``ids`` (N,) given states (N, W) before the head; ``most``: numbers of logits held at once."""
+    if not len(ids):
+        return states.sum() * 0.0  # nothing to predict, but still a graph to go back through
+    product = head.product(states[None], base.flat_context(ctx, 0))
+    if product is not None:
+        x, weight, bias = product
+        return linear_cross_entropy(x[0], weight, ids, bias, smoothing=smoothing, z=z, logits=most)
 
     def piece(part: Tensor, ids: Tensor, inner: Context) -> Tensor:
         logits = head(part[None], inner)[0].float()
-        return F.cross_entropy(logits, ids, reduction="sum", label_smoothing=smoothing)
+        loss = F.cross_entropy(logits, ids, reduction="sum", label_smoothing=smoothing)
+        return loss + z * logits.logsumexp(-1).square().sum() if z else loss
 
     chunks = list(base.token_chunks(len(ids), vocabulary(head), most))
-    if not chunks:
-        return states.sum() * 0.0  # nothing to predict, but still a graph to go back through
     if len(chunks) == 1:
         return piece(states, ids, base.flat_context(ctx, 0))
     again = torch.is_grad_enabled()

@@ -22,14 +22,12 @@ import torch
 from formwright.kit.errors import DataError, SpecError
 from formwright.models.batch import Batch, Score, View, pad
 from formwright.tasks import _encoding
+from formwright.tasks._documents import PIECE, cut
 from formwright.tasks._splits import RULE, deal, order_key
 from formwright.tasks.base import SPLITS, Index, Task, digest
 
 #: calibrate (which is also what training reads), select, test.
 SHARES = (0.8, 0.1, 0.1)
-#: Texts are cut at line ends into pieces of at most so many characters, or 16 a token of the window: a scored split
-#: then shows many places of the corpus, and nearly all windows are full.
-PIECE = 8192
 
 
 @dataclass(frozen=True)
@@ -43,20 +41,13 @@ class Window:
 
 def pieces(text: str, most: int = PIECE) -> list[str]:
     """``text`` in runs of whole lines of at most ``most`` characters; a longer line is cut."""
-    out: list[str] = []
-    current: list[str] = []
-    size = 0
-    for line in text.splitlines(keepends=True):
-        for start in range(0, len(line), most):
-            part = line[start : start + most]
-            if size + len(part) > most:
-                out.append("".join(current))
-                current, size = [], 0
-            current.append(part)
-            size += len(part)
-    if current:
-        out.append("".join(current))
-    return out
+    return list(cut([text], most))
+
+
+def most_of(length: int) -> int:
+    """Characters of a scored piece of text: a split then shows many places of the corpus, and nearly all windows of
+    ``length`` tokens are full."""
+    return max(PIECE, 16 * length)
 
 
 def windows(tokenizer: Any, text: str, length: int) -> list[Window]:
@@ -80,7 +71,7 @@ def windows(tokenizer: Any, text: str, length: int) -> list[Window]:
 class LanguageTask(Task):
     """Bits per byte over given documents; subclasses say where they come from.
 
-    documents: (name, text); a document stays whole on one side of the splits, and so do documents of equal text.
+    documents: (name, text) of each; it stays whole on one side of the splits, and so do documents of equal text.
     length: tokens a window. rows: windows a batch. limit: bytes of text that select and test are scored on at most,
     drawn by a seeded order, so that a score takes minutes on any corpus.
     """
@@ -92,7 +83,7 @@ class LanguageTask(Task):
     def __init__(
         self,
         name: str,
-        documents: Sequence[tuple[str, str]],
+        documents: Any,
         *,
         length: int = 256,
         rows: int = 8,
@@ -103,21 +94,32 @@ class LanguageTask(Task):
         if length < 1 or rows < 1 or limit < 1:
             raise SpecError(f"task {name}: length, rows and limit must be at least 1, not {length}, {rows}, {limit}")
         self.name, self.length, self.rows, self.seed, self.notes = name, length, rows, seed, list(notes)
+        self.limit = limit
+        self.parts: dict[str, list[str]] = {}
+        self._fingerprint = self._deal(documents)
+        self._tokenizer: Any = None
+        self._windows: dict[str, list[Window]] = {}
+
+    def _deal(self, documents: Any) -> str:
+        """Fill ``parts`` and ``documents``; the fingerprint."""
         texts: dict[str, str] = {}
         for _, text in documents:
             if text.strip():
                 texts.setdefault(digest(text), text)
-        self.documents = len(texts)
-        if len(texts) < len(SPLITS):
-            raise DataError(f"{name} has {len(texts)} different texts; three splits need at least {len(SPLITS)}")
-        place = deal({key: len(text) for key, text in texts.items()}, SHARES, seed)
+        self._count(len(texts))
+        place = deal({key: len(text) for key, text in texts.items()}, SHARES, self.seed)
         parts: dict[str, list[str]] = {split: [] for split in SPLITS}
-        for key in sorted(texts, key=lambda key: order_key(seed, key)):
-            parts[place[key]] += pieces(texts[key], max(PIECE, 16 * length))
-        self.parts = {split: _draw(parts[split], None if split == "calibrate" else limit, seed) for split in SPLITS}
-        self._fingerprint = digest([self.version, RULE, SHARES, PIECE, seed, length, limit], self.parts)
-        self._tokenizer: Any = None
-        self._windows: dict[str, list[Window]] = {}
+        for key in sorted(texts, key=lambda key: order_key(self.seed, key)):
+            parts[place[key]] += pieces(texts[key], most_of(self.length))
+        for split in SPLITS:
+            self.parts[split] = _draw(parts[split], None if split == "calibrate" else self.limit, self.seed)
+        return digest([self.version, RULE, SHARES, PIECE, self.seed, self.length, self.limit], self.parts)
+
+    def _count(self, different: int) -> None:
+        """Take down how many different texts there are. DataError for too few."""
+        self.documents = different
+        if different < len(SPLITS):
+            raise DataError(f"{self.name} has {different} different texts; three splits need at least {len(SPLITS)}")
 
     def bind(self, model: Any) -> None:
         self._tokenizer = _encoding.tokenizer_of(model, self.name, "offsets")
@@ -216,14 +218,17 @@ class LanguageTask(Task):
         return list(self.parts[self.check_split(split)])
 
     def describe(self) -> list[str]:
-        sizes = {split: sum(len(_bytes(text)) for text in self.parts[split]) for split in SPLITS}
         return [
             *self.notes,
             f"{self.documents} different texts",
-            "splits: " + ", ".join(f"{split} {size / 1e6:.2f} MB" for split, size in sizes.items()),
+            "splits: " + ", ".join(f"{split} {size / 1e6:.2f} MB" for split, size in self.sizes().items()),
             f"metric: {self.metric} in windows of {self.length} tokens; lower is better",
             f"fingerprint {self.fingerprint()[:12]}",
         ]
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of text of each split."""
+        return {split: sum(len(_bytes(text)) for text in self.parts[split]) for split in SPLITS}
 
     def fingerprint(self) -> str:
         return self._fingerprint

@@ -8,8 +8,9 @@ split gets its share whatever the hashes are. Cost: one hash per unit.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from formwright.tasks.base import SPLITS
 
@@ -29,20 +30,22 @@ def deal(sizes: Mapping[str, int], shares: Sequence[float], seed: int) -> dict[s
     are dealt evenly too: of one unit, the middle share gets it; of three under (0.3, 0.3, 0.4), each gets one. Where
     there are units enough and a split got none, it takes the smallest of the split that has most.
     """
-    total = float(sum(sizes.values())) or 1.0
+    names = sorted(sizes, key=lambda unit: (order_key(seed, unit), unit))
+    places = dealt(np.array([sizes[name] for name in names], dtype=np.int64), shares)
+    return {name: SPLITS[place] for name, place in zip(names, places)}
+
+
+def dealt(sizes: np.ndarray, shares: Sequence[float]) -> np.ndarray:
+    """The number of the split of each unit, for the sizes (n,) of units in their seeded order; see :func:`deal`."""
     borders = [sum(shares[: i + 1]) / sum(shares) for i in range(len(shares))]
-    dealt: dict[str, str] = {}
-    passed = 0
-    for name in sorted(sizes, key=lambda unit: (order_key(seed, unit), unit)):
-        middle = (passed + sizes[name] / 2) / total
-        place = next((i for i, border in enumerate(borders) if middle < border), len(borders) - 1)
-        dealt[name] = SPLITS[place]
-        passed += sizes[name]
-    held = Counter(dealt.values())
-    for split in SPLITS:
-        if not held[split] and len(dealt) >= len(SPLITS):
-            donor = max(SPLITS, key=lambda other: held[other])
-            given = min((name for name in dealt if dealt[name] == donor), key=lambda name: sizes[name])
-            dealt[given] = split
-            held.update({split: 1, donor: -1})
-    return dealt
+    middles = (np.cumsum(sizes) - sizes / 2) / (float(sizes.sum()) or 1.0)
+    place = np.minimum(np.searchsorted(borders, middles, side="right"), len(borders) - 1)
+    held = np.bincount(place, minlength=len(SPLITS))
+    for split in range(len(SPLITS)):
+        if not held[split] and len(sizes) >= len(SPLITS):
+            donor = int(held.argmax())
+            units = np.flatnonzero(place == donor)
+            place[units[sizes[units].argmin()]] = split
+            held[donor] -= 1
+            held[split] = 1
+    return place

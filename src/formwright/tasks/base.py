@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -50,6 +50,10 @@ class Task:
         policy: who acts, in tasks whose data come from acting; tasks with data of their own have no use for it.
         """
         raise NotImplementedError(f"task {self.name} has no batches")
+
+    def drawer(self, split: str, seed: int) -> Callable[[int], Batch] | None:
+        """index -> the training batch of that index, for tasks that need not draw those before it; None otherwise."""
+        return None
 
     def score(self, view: View, split: str) -> Score:
         """The metric of a view on a split, deterministic for a deterministic view."""
@@ -124,8 +128,8 @@ def epochs(rows: Sequence[Rows], size: int, *, seed: int, budget: int) -> Iterat
         epoch += 1
 
 
-def lines_listed(numbers: Sequence[int], most: int = 8) -> str:
+def lines_listed(numbers: Sequence[int], most: int = 8, unit: str = "line") -> str:
     """``"line 18"``, ``"lines 18, 307"`` or ``"lines 18, 307, … (40 in all)"``."""
     listed = ", ".join(str(number) for number in numbers[:most])
     rest = f", … ({len(numbers)} in all)" if len(numbers) > most else ""
-    return f"line{'s' if len(numbers) != 1 else ''} {listed}{rest}"
+    return f"{unit}{'s' if len(numbers) != 1 else ''} {listed}{rest}"

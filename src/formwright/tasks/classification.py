@@ -1,4 +1,4 @@
-"""``classification``: the user's own table of texts and labels (.csv, .tsv, .jsonl).
+"""``classification``: the user's own table of texts and labels (CSV, TSV, JSONL, Parquet, or a saved data set).
 
 Columns are named, or guessed where exactly one fits; every guess, skipped row and choice of metric is printed before
 work. Splits are stratified 30/30/40. Cost: reading the file; a few milliseconds per thousand rows.
@@ -11,8 +11,7 @@ from pathlib import Path
 from formwright.kit.errors import DataError, all_of
 from formwright.registry import register
 from formwright.tasks._classification import Row, TextClassification
-from formwright.tasks.base import lines_listed
-from formwright.tasks.tables import Table, guess, read_table
+from formwright.tasks.tables import Table, check_text, guess, read_table, running_text
 
 TEXTS = ("text", "texts", "body", "sentence", "content", "message", "review", "utterance")
 LABELS = ("label", "labels", "class", "category", "target", "intent", "sentiment")
@@ -49,8 +48,9 @@ class Classification(TextClassification):
         notes = list(table.notes)
         rest = [column for column in table.columns if column not in named]
         if text is None:
-            text, said = guess(table, "text", "--text", TEXTS, [c for c in rest if _running_text(table, c)])
+            text, said = guess(table, "text", "--text", TEXTS, [c for c in rest if running_text(table, c)])
             notes.append(said)
+        check_text(table, text)
         if label is None:
             rest = [column for column in rest if column != text]
             label, said = guess(table, "label", "--label", LABELS, [c for c in rest if _few_values(table, c)])
@@ -67,12 +67,6 @@ class Classification(TextClassification):
             rows=rows,
             notes=notes,
         )
-
-
-def _running_text(table: Table, column: str) -> bool:
-    """Three words a value on average, and most values their own."""
-    values = [row[column] for row in table.rows]
-    return sum(len(value.split()) for value in values) >= 3 * len(values) and len(set(values)) * 2 > len(values)
 
 
 def _few_values(table: Table, column: str) -> bool:
@@ -93,7 +87,7 @@ def _rows(
             empty.setdefault(hollow[0], []).append(line)
             continue
         found.append(Row(row[text], row[label].strip(), row[pair] if pair else None, row[id] if id else ""))
-    told = [f"empty {column} ({lines_listed(lines)})" for column, lines in empty.items()]
+    told = [f"empty {column} ({table.places(lines)})" for column, lines in empty.items()]
     if told and strict:
         raise DataError(f"{table.name}: {'; '.join(told)}")
     if told:

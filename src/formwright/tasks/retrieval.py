@@ -1,8 +1,8 @@
 """``retrieval``: the user's own queries and documents, ranked like ``retrieval/stdlib``.
 
-One pair a row in ``pairs.jsonl`` (or .csv, .tsv): a query and a document that answers it. Repeated queries are one
-query with several right documents, repeated documents one document; pairs that share a text stay on one side of the
-splits. Cost: reading the file.
+One pair a row in ``pairs.jsonl`` (or .csv, .tsv, .parquet, or a saved data set): a query and a document that answers
+it. Repeated queries are one query with several right documents, repeated documents one document; pairs that share a
+text stay on one side of the splits. Cost: reading the file.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import Literal
 from formwright.kit.errors import DataError, all_of
 from formwright.registry import register
 from formwright.tasks._retrieval import Pair, RetrievalTask
-from formwright.tasks.base import lines_listed
-from formwright.tasks.tables import Table, guess, read_table
+from formwright.tasks.tables import Table, check_text, guess, read_table
 
 SHARES = (0.3, 0.3, 0.4)
 QUERIES = ("query", "queries", "question", "anchor", "search")
@@ -54,6 +53,8 @@ class Retrieval(RetrievalTask):
                 column, said = guess(table, what, f"--{what}", names, rest)
                 notes.append(said)
             taken.append(column)
+        for column, option in zip(taken, ("--query", "--document")):
+            check_text(table, column, option)
         if taken[0] == taken[1]:
             raise DataError(f'{table.name}: query and document are the same column "{taken[0]}"')
         pairs = _pairs(table, taken[0], taken[1], strict, notes)
@@ -73,7 +74,7 @@ def _pairs(table: Table, query: str, document: str, strict: bool, notes: list[st
         else:
             empty.append(line)
     if empty:
-        listed = lines_listed(empty)
+        listed = table.places(empty)
         if strict:
             raise DataError(f"{table.name}: empty query or document in {listed}")
         notes.append(f"{len(empty)} rows skipped: empty query or document ({listed})")

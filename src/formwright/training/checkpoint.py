@@ -1,11 +1,12 @@
 """What a run leaves on disk, each file or directory there wholly or not at all::
 
-    RUN/  recipe.json · events.jsonl · results.jsonl · tokenizer/ · lock · best (the name of a step)
-          steps/000120/  models.safetensors · optimizers.safetensors · extra.safetensors · state.json
+    RUN/  recipe.toml · events.jsonl · results.jsonl · tokenizer/ · lock · best (the name of a step)
+          run.png · tensorboard/ · steps/000120/
+              models.safetensors · optimizers.safetensors · extra.safetensors · state.json
 
-Tensors are safetensors, everything else JSON; nothing is pickled, so a checkpoint never runs code. The recipe is JSON
-and not TOML because Python reads and writes JSON itself, exactly. A directory counts as a checkpoint if it holds
-``state.json``, which is removed first when an old one goes. Cost: one write of all tensors and their fsync.
+Tensors are safetensors, everything else JSON or TOML; nothing is pickled, so a checkpoint never runs code. A directory
+counts as a checkpoint if it holds ``state.json``, which is removed first when an old one goes. Runs of format 1 had a
+recipe.json; they are read and go on as they are. Cost: one write of all tensors and their fsync.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from torch import Tensor
 from formwright.kit.errors import DataError
 from formwright.kit.files import publish, replacing, write_atomic
 from formwright.kit.journal import read_jsonl
+from formwright.training import configs
+from formwright.training.recipe import Recipe
 
-FORMAT = 1
+FORMAT = 2
 TENSOR = "$tensor"
 
 
@@ -35,13 +38,14 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.recipe = self.path / "recipe.json"
+        self.recipe = self.path / "recipe.toml"
+        self.old_recipe = self.path / "recipe.json"
         self.events = self.path / "events.jsonl"
         self.results = self.path / "results.jsonl"
 
     @property
     def begun(self) -> bool:
-        return self.recipe.is_file()
+        return self.recipe.is_file() or self.old_recipe.is_file()
 
     def checkpoints(self) -> list[int]:
         """Steps that have a whole checkpoint, ascending."""
@@ -62,22 +66,29 @@ class RunDirectory:
         except (FileNotFoundError, ValueError):
             return None
 
-    def write_recipe(self, record: Mapping[str, Any], tokenizer: Any = None) -> None:
+    def write_recipe(self, recipe: Mapping[str, Any], run: Mapping[str, Any], tokenizer: Any = None) -> None:
+        """Begin: the recipe's settings, and in ``run`` the data and all else that should be known of the start."""
         self.path.mkdir(parents=True, exist_ok=True)
         if tokenizer is not None and getattr(tokenizer, "files", None):
             with replacing(self.path / "tokenizer", overwrite=True) as folder:
                 for name, content in tokenizer.files.items():
                     (folder / name).write_bytes(content)
-        write_atomic(self.recipe, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        write_atomic(self.recipe, configs.write(recipe, {"format": FORMAT, **run}))
 
-    def read_recipe(self) -> dict[str, Any]:
-        try:
-            record = json.loads(self.recipe.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{self.recipe} is not JSON: {error}") from None
-        if record.get("format") != FORMAT:
-            raise DataError(f"{self.recipe} has format {record.get('format')!r}; this version reads {FORMAT}")
-        return record
+    def read_recipe(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(recipe, run) as given to :meth:`write_recipe`, settings of later versions at their defaults."""
+        if self.recipe.is_file():
+            recipe, run = configs.parse(self.recipe.read_text(encoding="utf-8"), str(self.recipe))
+            known = FORMAT
+        else:
+            try:
+                run = json.loads(self.old_recipe.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise DataError(f"{self.old_recipe} is not JSON: {error}") from None
+            recipe, known = Recipe.from_dict(run.pop("recipe")).to_dict(), 1
+        if run.get("format") != known:
+            raise DataError(f"{self.path} has format {run.get('format')!r}; this version reads 1 to {FORMAT}")
+        return recipe, run
 
     def save(
         self,
@@ -94,12 +105,19 @@ class RunDirectory:
         plain = split_tensors(dict(state), extra)
         tensors = {"models": models, "optimizers": optimizers, "extra": extra}
         need = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
-        with replacing(self.at(step), overwrite=True, need=need) as folder:
-            for name, group in tensors.items():
-                save_file({key: _own(value) for key, value in group.items()}, folder / f"{name}.safetensors")
-                publish(folder / f"{name}.safetensors")
-            record = {"format": FORMAT, "step": step, **plain}
-            (folder / "state.json").write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+        before = self.checkpoints()
+        try:
+            with replacing(self.at(step), overwrite=True, need=need) as folder:
+                for name, group in tensors.items():
+                    save_file({key: _own(value) for key, value in group.items()}, folder / f"{name}.safetensors")
+                    publish(folder / f"{name}.safetensors")
+                record = {"format": FORMAT, "step": step, **plain}
+                (folder / "state.json").write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+        except (DataError, OSError, SafetensorError) as error:
+            kept = f"{self.at(before[-1])} is kept" if before else "there is none from before"
+            raise DataError(
+                f"the checkpoint of step {step} cannot be written ({error}); {kept}. Make room and resume"
+            ) from error
         if best:
             write_atomic(self.path / "best", f"steps/{step:06d}\n")
         known = self.checkpoints()
@@ -120,7 +138,7 @@ class RunDirectory:
         except (OSError, SafetensorError, ValueError) as error:
             raise DataError(
                 f"checkpoint {folder} cannot be read: {error}; remove it to resume from the one before"
-            ) from (None)
+            ) from None
         return models, optimizers, join_tensors(plain, extra)
 
     def rewind(self, step: int) -> None:
@@ -142,8 +160,16 @@ def tensors_of(module: torch.nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def fill(module: torch.nn.Module, values: Mapping[str, Tensor], where: str) -> None:
-    """Copy ``values`` into a module in place; DataError listing every name or shape that differs, before copying."""
+def fill(
+    module: torch.nn.Module,
+    values: Mapping[str, Tensor],
+    where: str,
+    like: Callable[[Tensor, Tensor], Tensor] = lambda value, own: value,
+) -> None:
+    """Copy ``values`` into a module in place; DataError listing every name or shape that differs, before copying.
+
+    ``like`` lays a value out as the tensor that it is copied into.
+    """
     own = tensors_of(module)
     problems = [f"{where} lacks {name}" for name in own if name not in values]
     problems += [f"{where} has {name}, which this model does not" for name in values if name not in own]
@@ -157,7 +183,7 @@ def fill(module: torch.nn.Module, values: Mapping[str, Tensor], where: str) -> N
         raise DataError("\n".join(problems[:8]) + rest + "\nresume with the model that the run was started with")
     with torch.no_grad():
         for name, value in values.items():
-            own[name].copy_(value)
+            own[name].copy_(like(value, own[name]))
 
 
 def split_tensors(value: Any, found: dict[str, Tensor], path: str = "") -> Any:
@@ -183,6 +209,13 @@ def join_tensors(value: Any, found: Mapping[str, Tensor]) -> Any:
     if isinstance(value, list):
         return [join_tensors(inner, found) for inner in value]
     return value
+
+
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Plain data with every tensor changed."""
+    found: dict[str, Tensor] = {}
+    plain = split_tensors(value, found)
+    return join_tensors(plain, {name: change(tensor) for name, tensor in found.items()})
 
 
 def _own(value: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 ``stage_start`` · for every step: ``batch`` (may return another), ``loss`` (may return other losses, before they go
 back), ``gradients`` (means, before clipping), ``stepped`` · ``scored`` after every evaluation · ``stage_end``.
 A hook reads the run (``run.step``, ``run.progress``, ``run.model``, ``run.losses``) and ends it with ``run.stop(why)``.
+Where several processes train one model each has its hooks, and they must do the same. Hooks that only look on are in
+:mod:`formwright.training.watchers`.
 """
 
 from __future__ import annotations
@@ -10,14 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from formwright.kit.errors import SpecError
-from formwright.kit.journal import append_jsonl
-from formwright.kit.progress import Progress
 from formwright.models.batch import Batch, Loss, Score
 from formwright.tasks.base import Task
 from formwright.training.checkpoint import tensors_of
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 
 
 class Hook:
-    """See the module."""
+    """See the module. ``watches``: it only looks on, so a checkpoint need not know of it."""
+
+    watches = False
 
     def stage_start(self, run: Run) -> None: ...
 
@@ -51,54 +54,11 @@ class Hook:
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
-class JsonLog(Hook):
-    """Every ``every`` steps a line in RUN/events.jsonl: step, loss per item, parts, lr, gradient norm, seconds."""
-
-    def __init__(self, every: int = 10) -> None:
-        self.every = _positive("every", every)
-
-    def stepped(self, run: Run) -> None:
-        if run.directory is None or (run.step % self.every and not run.last):
-            return
-        line = {"step": run.step, "lr": run.lr, "gradient": run.gradient, "seconds": round(run.seconds, 3)}
-        append_jsonl(run.directory.events, {**line, **run.losses})
-
-    def scored(self, run: Run, name: str, score: Score) -> None:
-        if run.directory is not None:
-            line = {"step": run.step, "task": name, "value": score.value, **dict(score.extra)}
-            append_jsonl(run.directory.results, line)
-
-
-class Live(Hook):
-    """A progress line on standard error; see :class:`~formwright.kit.progress.Progress`."""
-
-    def __init__(self, title: str = "train", show: bool | None = None) -> None:
-        self.title, self.show = title, show
-        self._bar: Progress | None = None
-
-    def stage_start(self, run: Run) -> None:
-        self._bar = Progress(self.title, total=1.0, show=self.show).__enter__()
-
-    def stepped(self, run: Run) -> None:
-        if self._bar is not None:
-            told = "  ".join(f"{name} {value:.4g}" for name, value in run.losses.items())
-            self._bar.update(min(1.0, run.progress), f"step {run.step}  {told}")
-
-    def scored(self, run: Run, name: str, score: Score) -> None:
-        if self._bar is not None:
-            self._bar.say(f"step {run.step}: {name} {score.value:.4f}")
-
-    def stage_end(self, run: Run) -> None:
-        if self._bar is not None:
-            self._bar.__exit__(None, None, None)
-            self._bar = None
-
-
 class Evaluate(Hook):
     """Score the model on a task's split every ``every`` steps and at the end; the best step is RUN/best."""
 
     def __init__(self, task: Task, split: str = "select", every: int = 100) -> None:
-        self.task, self.split, self.every = task, task.check_split(split), _positive("every", every)
+        self.task, self.split, self.every = task, task.check_split(split), positive("every", every)
         self.best: float | None = None
         self.best_step: int | None = None
         self.scores: dict[str, float] = {}
@@ -107,6 +67,7 @@ class Evaluate(Hook):
         if run.step % self.every and not run.last:
             return
         score = self.task.score(run.model, self.split)
+        score = replace(score, value=run.place.everyone(score.value)[0])  # processes may differ in the last bits
         sign = 1.0 if self.task.higher_is_better else -1.0
         if math.isfinite(score.value) and (self.best is None or sign * score.value > sign * self.best):
             self.best, self.best_step = score.value, run.step
@@ -125,7 +86,7 @@ class EarlyStopping(Hook):
     """Stop when ``patience`` evaluations in a row brought no score better than before by more than ``least``."""
 
     def __init__(self, patience: int = 3, least: float = 0.0, higher_is_better: bool = True) -> None:
-        self.patience, self.least = _positive("patience", patience), least
+        self.patience, self.least = positive("patience", patience), least
         self.sign = 1.0 if higher_is_better else -1.0
         self.best: float | None = None
         self.waited = 0
@@ -162,6 +123,7 @@ class EMA(Hook):
     def stage_start(self, run: Run) -> None:
         if not self.averages:
             self.averages = {name: value.detach().clone() for name, value in run.parameters.items()}
+        self.averages = {name: run.place.like(value, run.parameters[name]) for name, value in self.averages.items()}
 
     def stepped(self, run: Run) -> None:
         decay = min(self.decay, (1 + run.step) / (10 + run.step))
@@ -207,13 +169,14 @@ class Average(Hook):
         own = tensors_of(run.model)
         with torch.no_grad():
             for name, value in tensors_of(run.models[self.name]).items():
+                now = run.place.whole(own[name])
                 if value.is_floating_point():
-                    value.lerp_(own[name].to(value.dtype), 1.0 - self.decay)
+                    value.lerp_(now.to(value.dtype), 1.0 - self.decay)
                 else:
-                    value.copy_(own[name])
+                    value.copy_(now)
 
 
-def _positive(name: str, value: int) -> int:
+def positive(name: str, value: int) -> int:
     if value < 1:
         raise SpecError(f"{name}={value} must be at least 1")
     return value

@@ -3,6 +3,7 @@
 A run is a function of (model, data, recipe). The order of the data is a function of (seed, index), all noise is keyed
 by (seed, step, micro-batch), and a checkpoint holds everything else (models, optimizer, hooks, objective, task), so a
 run that was killed and resumed ends in the same bits as one that was not, on one device with one number of threads.
+Under ``torchrun`` the same call trains one model in all processes, with the same batches a step.
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ from typing import Any
 
 import torch
 
+from formwright.kit import toml
 from formwright.kit.errors import DataError, SpecError
 from formwright.kit.journal import Lock
 from formwright.models.model import Entry
 from formwright.tasks.base import Task
 from formwright.training import checkpoint
 from formwright.training.checkpoint import RunDirectory
-from formwright.training.hooks import Average, Evaluate, Hook, JsonLog, Live
-from formwright.training.recipe import Recipe, make_objective
+from formwright.training.hooks import Average, EarlyStopping, Evaluate, Hook
+from formwright.training.place import here
+from formwright.training.recipe import FREE, Recipe, make_objective
 from formwright.training.run import Run
 from formwright.training.sources import source_of
+from formwright.training.watchers import JsonLog, Live, Picture, TensorBoard
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,13 @@ def train(
     hooks: Sequence[Hook] = (),
     split: str | None = None,
     evaluate_every: int | None = None,
+    patience: int | None = None,
     save_every: int | None = None,
     keep: int = 2,
     show: bool | None = None,
+    plot: bool = True,
+    tensorboard: bool = False,
+    shard: bool = False,
     event: str = "trained",
     **settings: Any,
 ) -> Trained:
@@ -69,9 +77,13 @@ def train(
         others: models that the objective names beside this one, such as {"teacher": model}.
         out: run directory (see :mod:`formwright.training.checkpoint`). resume: go on with what is there.
         hooks: called in list order, before the built-in log and progress line. evaluate_every: steps between scores of
-            a task's "select" split; the best is RUN/best.
+            a task's "select" split; the best is RUN/best. patience: so many scores in a row that are no better end the
+            run, and the model gets the best checkpoint's weights (with ``out``).
         save_every: steps between checkpoints (default: two minutes). keep: how many of the last stay.
-        show: progress line; None shows it on a terminal only.
+        show: progress line; None shows it on a terminal only. plot: draw RUN/run.png at the end. tensorboard: write
+            RUN/tensorboard as well.
+        shard: under torchrun, cut the model over the processes instead of holding it in each; ``model`` then changes
+            at the end only, and an interrupted run's weights are in its directory.
 
     Raises:
         SpecError, DataError: what is wrong with the recipe, the data or the run directory, before any work.
@@ -87,25 +99,41 @@ def train(
         data.bind(model)
     source = source_of(data, recipe.seed, split)
     every: list[Hook] = [Average(name, recipe.ema) for name, kind in made.others.items() if kind == "ema"]
-    every += list(hooks)
-    if evaluate_every is not None:
-        if not isinstance(data, Task):
-            raise SpecError("evaluate_every scores a task; these data are none: add hooks=[Evaluate(task)] instead")
-        every.append(Evaluate(data, every=evaluate_every))
-    every += [JsonLog(), Live(event.removesuffix("ed"), show)]
+    every += [*hooks, *_scoring(data, evaluate_every, patience)]
+    place = here(shard)
+    if place.main:
+        every += [JsonLog(), Live(event.removesuffix("ed"), show)]
+        every += [TensorBoard()] if tensorboard else []
+        every += [Picture(getattr(model, "name", ""))] if plot else []
     directory = None if out is None else RunDirectory(out)
     with contextlib.ExitStack() as stack:
         if directory is not None:
-            _check_place(directory, resume)
-            stack.enter_context(Lock(directory.path))
-        run = Run(models, made, source, recipe, every, directory, max(1, keep), save_every)
+            place.on_main(lambda: _check_place(directory, resume))
+            if place.main:
+                stack.enter_context(Lock(directory.path))
+        run = Run(models, made, source, recipe, every, directory, max(1, keep), save_every, place)
         if directory is not None:
             _open(run, directory, model, resume)
         run.go()
+        if patience is not None:
+            run.restore_best()
+        place.leave()
     scores = {name: value for hook in run.hooks if isinstance(hook, Evaluate) for name, value in hook.scores.items()}
     record = {"recipe": recipe.to_dict(), "data": source.fingerprint(), "scores": scores, "steps": run.step}
     model.history.append(Entry("event", event, record))
     return Trained(model, run.step, run.seconds, run.curve, scores, run.why, None if out is None else Path(out))
+
+
+def _scoring(data: Any, every: int | None, patience: int | None) -> list[Hook]:
+    """Scores of a task every so many steps, and an end where they grow no more."""
+    if every is None:
+        if patience is not None:
+            raise SpecError(f"patience={patience} counts scores: say how often to score with evaluate_every")
+        return []
+    if not isinstance(data, Task):
+        raise SpecError("evaluate_every scores a task; these data are none: add hooks=[Evaluate(task)] instead")
+    scoring: list[Hook] = [Evaluate(data, every=every)]
+    return scoring if patience is None else [EarlyStopping(patience, 0.0, data.higher_is_better), *scoring]
 
 
 def _others(objective: Any, model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,30 +162,29 @@ def _check_place(directory: RunDirectory, resume: bool) -> None:
 
 
 def _open(run: Run, directory: RunDirectory, model: Any, resume: bool) -> None:
-    tensors = {name: list(value.shape) for name, value in checkpoint.tensors_of(model).items()}
-    record: dict[str, Any] = {
-        "format": checkpoint.FORMAT,
-        "recipe": run.recipe.to_dict(),
-        "data": run.source.fingerprint(),
-        "tensors": len(tensors),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
+    """Write what the run is started with, or go on from the last checkpoint of one that was started with the same."""
+    recipe, data = run.recipe.to_dict(), toml.plain(run.source.fingerprint())
     if not resume:
-        directory.write_recipe(record, getattr(model, "tokenizer", None))
+        start: dict[str, Any] = {
+            "data": data,
+            "tensors": len(checkpoint.tensors_of(model)),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        run.place.on_main(lambda: directory.write_recipe(recipe, start, getattr(model, "tokenizer", None)))
         return
-    before = directory.read_recipe()
+    before, start = directory.read_recipe()
     changed = [
-        f"{directory.path} was started with {key}={before['recipe'].get(key)!r}, now it is {value!r}"
-        for key, value in record["recipe"].items()
-        if before["recipe"].get(key) != value
+        f"{directory.path} was started with {key}={before[key]!r}, now it is {value!r}"
+        for key, value in recipe.items()
+        if before[key] != value and key not in FREE
     ]
-    if before["data"] != record["data"]:
-        changed.append(f"{directory.path} was started with data {before['data']}, now they are {record['data']}")
+    if toml.plain(start["data"]) != data:
+        changed.append(f"{directory.path} was started with data {start['data']}, now they are {data}")
     if changed:
         raise DataError("\n".join(changed))
     steps = directory.checkpoints()
     if steps:
         run.load(steps[-1])
     else:
-        directory.rewind(0)
+        run.place.on_main(lambda: directory.rewind(0))

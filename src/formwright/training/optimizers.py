@@ -5,7 +5,7 @@ One fused pass where the device has one. Cost: two numbers kept a parameter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +39,19 @@ def state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.
 
 
 def load_state_tensors(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    values: Mapping[str, Tensor],
+    like: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
-    """The opposite of :func:`state_tensors`; DataError for names that are no trained parameter."""
+    """The opposite of :func:`state_tensors`; DataError for names that are no trained parameter.
+
+    ``like`` lays a value out as its parameter.
+    """
     for full, value in values.items():
         name, _, key = full.rpartition("|")
         if name not in parameters:
             raise DataError(
                 f"the checkpoint's optimizer knows {name}, which is not trained now; keep the recipe as it was"
             )
-        optimizer.state[parameters[name]][key] = value
+        optimizer.state[parameters[name]][key] = like(value, parameters[name])

@@ -1,8 +1,8 @@
 """Where the batches of a run come from: a task, a function of (seed, index), a list of batches, or rows of ids.
 
 The order is a function of the seed and the index, so a resumed run goes on exactly where it was. ``draw`` is asked
-for indices in ascending order. Cost: a function, a list or rows skip for free; a task's earlier batches are drawn
-again and thrown away, without running a model.
+for indices in ascending order. Cost: a function, a list, rows, or a task that knows its order (``drawer``) skip
+for free; another task's earlier batches are drawn again and thrown away, without running a model.
 """
 
 from __future__ import annotations
@@ -45,10 +45,15 @@ class FromTask(Source):
 
     def __init__(self, task: Task, split: str, seed: int) -> None:
         self.task, self.split, self.seed = task, task.check_split(split), seed
+        self._any: Callable[[int], Batch] | None = None
         self._iterator: Iterator[Batch] | None = None
         self._next = 0
 
     def draw(self, index: int) -> Batch:
+        if self._any is None and self._iterator is None:
+            self._any = self.task.drawer(self.split, self.seed)
+        if self._any is not None:
+            return self._any(index)
         if self._iterator is None or index < self._next:
             self._iterator, self._next = iter(self.task.batches(self.split, seed=self.seed, budget=ENDLESS)), 0
         while True:

@@ -3,19 +3,20 @@
 All forms use (B, L, H, D) for queries and (B, S, G, D) for keys and values, where G divides H (grouped and multi-query
 attention). ``reference`` is the definition; :func:`attention` picks PyTorch's fused kernel. In the packed layout it
 runs document by document, so nothing crosses a border and no product is spent on padding; where ``native`` was built
-that is one call. A query that sees no key gives zeros. Cost: 2 L S H D multiply-accumulates; memory linear in length
-except where a bias or mask must be made, which happens for ``CHUNK`` queries at a time.
+that is one call, forwards and backwards. A query that sees no key gives zeros. Cost: 2 L S H D multiply-accumulates;
+memory linear in length except where a bias or mask must be made, which happens for ``CHUNK`` queries at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from formwright.ops.attention.fused import fused_attention
-from formwright.ops.attention.native import packed_attention_native
+from formwright.ops.attention.native import packed_by_kernel
 from formwright.ops.attention.reference import attention_reference
 from formwright.registry import Paper, register
 
@@ -132,22 +133,44 @@ def packed_attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if mask is None and bias is None and window is None:
-        done = packed_attention_native(q, k, v, spans, scale, causal)
+
+        def general(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return _one_by_one(q, k, v, spans, scale, causal)
+
+        done = packed_by_kernel(general, q, k, v, spans, scale, causal)
         if done is not None:
             return done
+    return _one_by_one(q, k, v, spans, scale, causal, mask, bias, window)
+
+
+def _one_by_one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Sequence[tuple[int, int]],
+    scale: float,
+    causal: bool,
+    mask: Mask | None = None,
+    bias: Bias | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Each document by itself, neighbours of equal length together."""
+    groups = list(alike(spans))
+    sizes = [count * length for count, length in groups]
+    # One split each, whose gradient is one concatenation: that of a slice would be as long as all documents.
+    parts = [t[0].split(sizes) for t in (q, k, v)]
     out = []
-    index = 0
-    while index < len(spans):
-        start, stop = spans[index]
-        length, count = stop - start, 1
-        while index + count < len(spans) and spans[index + count][1] - spans[index + count][0] == length:
-            count += 1
-        last = start + count * length
+    for index, (count, length) in enumerate(groups):
         if length:
-            parts = (t[0, start:last].unflatten(0, (count, length)) for t in (q, k, v))
-            piece = attention(*parts, scale=scale, causal=causal, mask=mask, bias=bias, window=window)
+            rows = (part[index].unflatten(0, (count, length)) for part in parts)
+            piece = attention(*rows, scale=scale, causal=causal, mask=mask, bias=bias, window=window)
             out.append(piece.reshape(1, count * length, *piece.shape[2:]))
-        index += count
     if not out:
         return q.new_zeros(1, 0, q.shape[2], v.shape[-1])
     return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+
+
+def alike(spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """(how many, length) of every run of neighbouring documents of equal length."""
+    for length, run in groupby(stop - start for start, stop in spans):
+        yield len(list(run)), length

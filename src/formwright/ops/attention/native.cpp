@@ -157,6 +157,8 @@ static void head512(const Call& call, int64_t document, int64_t head) {
 #undef FW_QUERIES
 }
 
+#include "backward.hpp"
+
 FW_END
 
 #ifdef FW_AVX512_BF16
@@ -315,5 +317,18 @@ FW_API void fw_attention_packed(const Call* call, int threads) {
   });
 #else
   (void)call, (void)threads;
+#endif
+}
+
+// The gradients of q, k and v, from that of y; in float32 whatever `rounded` says.
+FW_API void fw_attention_packed_backward(const void* given, int threads) {
+#ifdef FW_X86
+  const Backward& back = *static_cast<const Backward*>(given);
+  const Call& call = back.forward;
+  fw::parallel(call.documents * call.groups, 1, threads, [&](int64_t first, int64_t last) {
+    for (int64_t at = first; at < last; ++at) group_backward(back, at / call.groups, at % call.groups);
+  });
+#else
+  (void)given, (void)threads;
 #endif
 }

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_float, c_int, c_int64, c_void_p
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from formwright.ops import native
 
+Spans = Sequence[tuple[int, int]]
 #: Longest document whose transposed keys stay in the second-level cache.
 LONGEST = 4096
 
@@ -40,13 +41,13 @@ class Heads(NamedTuple):
     rounded: bool = False
 
 
-def suits(width: int, spans: Sequence[tuple[int, int]]) -> bool:
+def suits(width: int, spans: Spans) -> bool:
     """Whether the kernel takes heads of this width and documents of these lengths, on this machine."""
     ready = width % 16 == 0 and bool(native.library().fw_attention_ready())
     return ready and max((stop - start for start, stop in spans), default=0) <= LONGEST
 
 
-def documents(spans: Sequence[tuple[int, int]]) -> Call:
+def documents(spans: Spans) -> Call:
     """A call's documents, in order and covering 0 .. T; the rest of it is unset."""
     borders = (c_int64 * (len(spans) + 1))(0, *[stop for _, stop in spans])
     made = Call(offsets=ctypes.addressof(borders), documents=len(spans))
@@ -54,23 +55,94 @@ def documents(spans: Sequence[tuple[int, int]]) -> Call:
     return made
 
 
+def fits(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> bool:
+    """Whether the kernel takes tensors of these shapes and strides."""
+    width = q.shape[-1]
+    if v.shape[-1] != width or q.shape[1] == 0 or not suits(width, spans):
+        return False
+    return all(t.stride(-1) == 1 and t.stride(2) == width for t in (q, k, v)) and k.stride(1) == v.stride(1)
+
+
 def packed_attention_native(
-    q: Tensor, k: Tensor, v: Tensor, spans: Sequence[tuple[int, int]], scale: float, causal: bool, rounded: bool = False
+    q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, causal: bool, rounded: bool = False
 ) -> Tensor | None:
     """q (1, T, H, D), k and v (1, T, G, D) -> (1, T, H, D), or None where the kernel does not apply.
 
     ``rounded`` as in :class:`Heads`.
     """
-    width = q.shape[-1]
-    if not native.usable(q, k, v) or v.shape[-1] != width or q.shape[1] == 0 or not suits(width, spans):
-        return None
-    if any(t.stride(-1) != 1 or t.stride(2) != width for t in (q, k, v)) or k.stride(1) != v.stride(1):
+    if not native.usable(q, k, v) or not fits(q, k, v, spans):
         return None
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
-    call = documents(spans)
-    call.heads, call.groups, call.width = q.shape[2], k.shape[2], width
-    call.scale, call.causal, call.rounded = scale, causal, rounded
-    call.q, call.k, call.v, call.y = q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr()
-    call.q_row, call.kv_row, call.y_row = q.stride(1), k.stride(1), y.stride(1)
+    call = _call(q, k, v, spans, scale, causal, rounded)
+    call.y, call.y_row = y.data_ptr(), y.stride(1)
     native.library().fw_attention_packed(ctypes.byref(call), torch.get_num_threads())
     return y
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, causal: bool, rounded: bool = False) -> Call:
+    """A call whose output is unset."""
+    call = documents(spans)
+    call.heads, call.groups, call.width = q.shape[2], k.shape[2], q.shape[3]
+    call.scale, call.causal, call.rounded = scale, causal, rounded
+    call.q, call.k, call.v = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    call.q_row, call.kv_row = q.stride(1), k.stride(1)
+    return call
+
+
+class Backward(ctypes.Structure):
+    """The struct of the same name in ``backward.hpp``."""
+
+    _fields_ = (
+        ("forward", Call),
+        ("grad_y", c_void_p),
+        ("grad_row", c_int64),
+        *((name, c_void_p) for name in ("grad_q", "grad_k", "grad_v")),
+    )
+
+
+def packed_by_kernel(
+    general: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, causal: bool
+) -> Tensor | None:
+    """As :func:`packed_attention_native`, with gradients where they are wanted; ``general`` (q, k, v -> y) gives the
+    second ones."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+        if not native.reachable(q, k, v) or not fits(q, k, v, spans):
+            return None
+        return PackedAttention.apply(general, spans, scale, causal, q, k, v)
+    return packed_attention_native(q, k, v, spans, scale, causal)
+
+
+class PackedAttention(torch.autograd.Function):
+    """(general, spans, scale, causal, q, k, v) -> y by the kernel, in both passes; a second derivative goes through
+    ``general`` (q, k, v -> y)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, general: Callable, spans: Spans, scale: float, causal: bool, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        ctx.given = general, spans, scale, causal
+        ctx.save_for_backward(q, k, v)
+        y = packed_attention_native(q, k, v, spans, scale, causal)
+        assert y is not None  # the caller has asked
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        general, spans, scale, causal = ctx.given
+        q, k, v = ctx.saved_tensors
+        if not torch.is_grad_enabled() and native.reachable(grad, q, k, v):
+            return *[None] * 4, *_gradients(grad, q, k, v, spans, scale, causal)
+        graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            wanted = ctx.needs_input_grad[4:]
+            found = native.differentiated(lambda *t: (general(*t),), [q, k, v], wanted, (grad,))
+        return *[None] * 4, *(made if graph or made is None else made.detach() for made in found)
+
+
+def _gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, causal: bool) -> list[Tensor]:
+    """The gradients of q, k and v."""
+    grad = grad.contiguous()
+    call, made = _call(q, k, v, spans, scale, causal), [torch.empty(t.shape) for t in (q, k, v)]
+    back = Backward(call, grad.data_ptr(), grad.stride(1), *(t.data_ptr() for t in made))
+    native.library().fw_attention_packed_backward(ctypes.byref(back), torch.get_num_threads())
+    return made

@@ -69,6 +69,7 @@ class GatedMLP(Part):
     ) -> None:
         super().__init__()
         self.activation, self.rate = activation_named(activation), dropout
+        self.activation_name = activation
         self.gate = Dense(width, hidden, bias, "gate")
         self.up = Dense(width, hidden, bias, "up")
         self.down = Dense(hidden, width, bias, "down")

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from formwright.kit.errors import DataError, SpecError
 from formwright.parts.activations import activation as activation_named
-from formwright.parts.base import Cost, Shape, TableLike, cost_sum, costed, dropout, own_parameters
+from formwright.parts.base import Cost, Shape, TableLike, cost_sum, costed, dropout, hooked, own_parameters
 from formwright.parts.context import Context
 from formwright.parts.heads.pooling import Head, Pool, check_pool, pool
-from formwright.parts.linears.dense import Dense
+from formwright.parts.linears.dense import Dense, Table
 from formwright.parts.make import make
 from formwright.registry import register
 
@@ -118,12 +118,7 @@ class LanguageModel(Head):
         return self._table[0] if self._table else None
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        if self.transform is not None:
-            x = self.transform(x, ctx)
-        if self.project is not None:
-            x = self.project(x, ctx)
-        if self.scale != 1.0:
-            x = x * self.scale
+        x = self._before(x, ctx)
         if self.out is not None:
             return self.out(x, ctx)
         table = self.table
@@ -131,6 +126,22 @@ class LanguageModel(Head):
             raise SpecError("a tied language-model head needs a stem with a token table")
         logits = table.logits(x)
         return logits if self.bias is None else logits + self.bias
+
+    def _before(self, x: Tensor, ctx: Context) -> Tensor:
+        """What the last product reads."""
+        if self.transform is not None:
+            x = self.transform(x, ctx)
+        if self.project is not None:
+            x = self.project(x, ctx)
+        return x if self.scale == 1.0 else x * self.scale
+
+    def product(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        last: Any = self.table if self.out is None else self.out
+        if type(last) not in (Dense, Table) or hooked(last) or hooked(self):
+            return None
+        bias = self.bias if self.out is None else self.out.bias
+        x = self._before(x, ctx)
+        return x, last.weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
 
     def cost(self, shape: Shape) -> Cost:
         total = cost_sum([child.cost(shape) for _, child in costed(self)]) + own_parameters(self)

@@ -59,6 +59,11 @@ class Head(nn.Module):
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         raise NotImplementedError
 
+    def product(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """States, weight (V, W) and bias (V,) whose plain product the answer is, for losses that make it themselves;
+        None where the answer comes about in another way, or somebody watches it do so."""
+        return None
+
     def cost(self, shape: Shape) -> Cost:
         return cost_sum([child.cost(Shape.full(len(shape.lengths), 1)) for _, child in costed(self)])
 

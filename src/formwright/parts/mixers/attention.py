@@ -10,7 +10,7 @@ State: keys and values of every token seen, or of the last ``window``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class Attention(Part):
         dropout: rate on the output of ``o`` while training.
     """
 
-    examples = (
+    examples: ClassVar[tuple[dict, ...]] = (
         {"heads": 4},
         {"heads": 4, "causal": True, "rotary": {}},
         {"heads": 4, "kv_heads": 1, "causal": True, "window": 5, "distance": {"kind": "alibi"}},

@@ -51,12 +51,12 @@ class BatchNorm(nn.Module):
             raise DataError(f"{ctx.path}: one token has no variance; train on more, or call model.eval()")
         if len(real) == 0:
             return x
-        # A recomputed span has already moved the averages.
-        mean, variance = (None, None) if ctx.recompute else (self.mean, self.variance)
+        # A recomputed span has already moved the averages: it moves copies, so that it does all else as the first time.
+        mean, variance = (self.mean.clone(), self.variance.clone()) if ctx.recompute else (self.mean, self.variance)
         y = self._normalised(real, mean, variance, True)
         return y.reshape(x.shape) if everyone else torch.zeros_like(x).masked_scatter(valid[..., None], y)
 
-    def _normalised(self, rows: Tensor, mean: Tensor | None, variance: Tensor | None, learns: bool) -> Tensor:
+    def _normalised(self, rows: Tensor, mean: Tensor, variance: Tensor, learns: bool) -> Tensor:
         return F.batch_norm(rows, mean, variance, self.weight, self.bias, learns, self.momentum, self.eps)
 
     def cost(self, shape: Shape) -> Cost:
