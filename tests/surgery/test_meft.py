@@ -81,7 +81,11 @@ def test_every_input_comes_back_to_the_last_bit(
 ) -> None:
     """As deep as the bits of a float64 reach without an anchor."""
     model = shaken(deep(layers, order), kind=kind)
-    assert run(model).anchors is None and layers == reach(kind, run(model).lam, run(model).beta)
+    assert (
+        run(model).anchors is None
+        and 0.125 in (run(model).lam, run(model).beta)
+        and layers == reach(kind, run(model).lam, run(model).beta)
+    )
     seen: list[Tensor] = []
     alone = Call.alone
 
@@ -94,6 +98,18 @@ def test_every_input_comes_back_to_the_last_bit(
     there, back = seen[: 2 * layers], seen[2 * layers :]
     assert len(there) == len(back) and all(torch.equal(a, b) for a, b in zip(there, reversed(back)))
     assert all(x.dtype == torch.float64 for x in seen)
+
+
+def test_scales_that_need_no_anchor_are_as_small_as_they_can_be() -> None:
+    def scales(layers: int, **options: Any) -> tuple[float, float, int | None]:
+        decided = surgery.plan(deep(layers, width=8), "meft", reduction=4, **options).decisions
+        return decided["lam"], decided["beta"], decided["anchors"]
+
+    assert scales(6) == (2.0**-6, 1.0, None) and scales(6, kind=2) == (1.0, 2.0**-6, None)
+    assert scales(10) == (2.0**-4, 1.0, None) and scales(12) == (2.0**-3, 1.0, None)
+    assert scales(24) == (2.0**-3, 1.0, 14) and scales(24, anchors=6) == (2.0**-3, 1.0, 6)
+    assert scales(4, kind=3) == (2.0**-5, 2.0**-5, None) and scales(4, kind=3, lam=0.5) == (0.5, 2.0**-5, None)
+    assert scales(2, exact=False, lam=0.3) == (0.3, 1.0, None)
 
 
 def test_bits_of_scales() -> None:

@@ -27,8 +27,10 @@ from formwright.surgery.base import Displaced, Plan, Promises, Surgery, apply, c
 from formwright.surgery.evidence import batches, evaluating
 
 OPTIONS = ("kind", "lam", "beta", "reduction", "readout", "exact", "anchors", "skip", "dropout", "train", "seed")
-#: kind -> (lam, beta): the published 0.1 as a power of two.
-SCALES = {1: (0.125, 1.0), 2: (1.0, 0.125), 3: (0.125, 0.125)}
+#: kind -> which of lam and beta scale the stale stream down; the other is 1.
+SMALL = {1: ("lam",), 2: ("beta",), 3: ("lam", "beta")}
+#: The published 0.1 as a power of two, and the smallest scale that is taken unasked.
+USUAL, LEAST = 2.0**-3, 2.0**-6
 #: Predicted relative error of the lowest recovered input from which a rounding run is warned of.
 ERROR = 1e-3
 
@@ -40,7 +42,8 @@ class Meft(Surgery):
     """Options:
 
     kind: 1 (a layer and a bare adapter, default), 2 (the same the other way round) or 3 (mixer and channel sublayers).
-    lam, beta: scales of the streams, above 0 and at most 1; the defaults are 1/8 and 1, 1 and 1/8, 1/8 and 1/8.
+    lam, beta: scales of the streams, above 0 and at most 1. The smaller the stale stream's, the nearer the start; the
+    default is the smallest from 1/64 to 1/8 that needs no anchor, or else 1/8 (lam for kind 1, beta for 2, both for 3).
     reduction: width of the model over that of the adapters, default 32.
     readout: "fresh" (default), "paper" (a tenth of the stale stream added) or "mean" (of both streams).
     exact: keep float64 streams that are gone back without error (default); scales must then be powers of two.
@@ -62,6 +65,7 @@ class Meft(Surgery):
         if width < decisions["reduction"]:
             raise SpecError(f"meft: reduction={decisions['reduction']} leaves nothing of a width of {width}")
         decisions |= {
+            **_scales(decisions, len(layers)),
             "hidden": width // decisions.pop("reduction"),
             "activation": getattr(layers[0][-1].part, "activation_name", "gelu"),
             "layers": [[item.id for item in layer] for layer in layers],
@@ -189,13 +193,13 @@ def _adapter(decided: dict[str, Any], beside: Item) -> Bottleneck:
 def _numbers(options: dict[str, Any]) -> dict[str, Any]:
     """The options that are numbers or names, checked."""
     kind = options.get("kind", 1)
-    if isinstance(kind, bool) or kind not in SCALES:
+    if isinstance(kind, bool) or kind not in SMALL:
         raise SpecError(f"meft: kind={kind!r} must be 1, 2 or 3")
     found: dict[str, Any] = {"kind": kind, "exact": options.get("exact", True)}
     problems = [] if isinstance(found["exact"], bool) else [f"meft: exact={found['exact']!r} must be True or False"]
-    for name, usual in zip(("lam", "beta"), SCALES[kind]):
-        found[name] = options.get(name, usual)
-        problems += _scale(name, found[name], found["exact"] is True)
+    for name in ("lam", "beta"):
+        found[name] = options.get(name)
+        problems += [] if found[name] is None else _wrong_scale(name, found[name], found["exact"] is True)
     for name, usual, least in (("reduction", 32, 1), ("skip", 0, 0)):
         found[name] = options.get(name, usual)
         if isinstance(found[name], bool) or not isinstance(found[name], int) or found[name] < least:
@@ -210,7 +214,20 @@ def _numbers(options: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _scale(name: str, value: Any, exact: bool) -> list[str]:
+def _scales(decided: dict[str, Any], layers: int) -> dict[str, float]:
+    """lam and beta, those that were not given at their default for so many layers."""
+
+    def at(small: float) -> dict[str, float]:
+        usual = {name: small if name in SMALL[decided["kind"]] else 1.0 for name in ("lam", "beta")}
+        return {name: value if decided[name] is None else float(decided[name]) for name, value in usual.items()}
+
+    small = LEAST if decided["exact"] else USUAL
+    while small < USUAL and (reach(decided["kind"], **at(small)) or 0) < layers:
+        small *= 2.0
+    return at(small)
+
+
+def _wrong_scale(name: str, value: Any, exact: bool) -> list[str]:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= 1.0:
         return [f"meft: {name}={value!r} must be above 0 and at most 1: a stream scaled by 0 cannot be gone back"]
     if exact and bits(value) is None:
