@@ -15,7 +15,7 @@ from formwright.hub import load_adapter, save_adapter
 from formwright.hub.adapters import adapters, base_sha256
 from formwright.kit.errors import DataError, Refusal, SpecError
 from formwright.models.model import Entry
-from formwright.surgery.adapt.lora import use
+from formwright.surgery.adapt.switch import use
 
 SPEC: dict[str, Any] = {
     "stem": {"part": "token-embedding", "vocab": 30, "width": 16},
