@@ -1,9 +1,9 @@
 """Adapters saved alone: the plan that makes room for them, their tensors, and the sha256 of the weights below.
 
-An adapter is a surgery that says what it trains: what it added (LoRA and its kin) or a few of the model's own parameters
-(BitFit). ``adapter.json`` holds its plan and later events, ``adapter.safetensors`` its values; it loads onto a model with
-the very weights that it was trained on and onto no other. A few megabytes stand for a whole fine-tuned model. A directory
-of the ``peft`` package is read as well (:mod:`formwright.hub.peft`).
+An adapter is a surgery that says what it trains: what it added (LoRA and its kin) or a few of the model's own
+parameters (BitFit). ``adapter.json`` holds its plan and later events, ``adapter.safetensors`` its values; it loads onto
+a model with the very weights that it was trained on and onto no other. A few megabytes stand for a whole fine-tuned
+model. A directory of the ``peft`` package is read as well (:mod:`formwright.hub.peft`).
 """
 
 from __future__ import annotations

@@ -72,7 +72,9 @@ def usable(*tensors: Tensor | None) -> bool:
     return len({t.dtype for t in held}) == 1 and not torch.is_autocast_enabled(held[0].device.type)
 
 
-@register("op", "lora-linear", paper=Paper("Hu et al.", 2021, "2106.09685"), summary="a linear and its LoRA in one step")
+@register(
+    "op", "lora-linear", paper=Paper("Hu et al.", 2021, "2106.09685"), summary="a linear and its LoRA in one step"
+)
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """x (..., in), weight (out, in), bias (out,) or None, a (r, in), b (out, r) -> (..., out). Weight and bias are
     fixed: where they want a gradient, the definition is used, and so for anything that :func:`usable` refuses."""

@@ -192,7 +192,7 @@ class Adapted(LinearLike):
         )
 
     def folded(self, name: str | None = None) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias with the named change, or the only one, folded in; those of the base where it is elsewhere."""
+        """Weight and bias with the named change, or the only one, folded in; the base's own where it is elsewhere."""
         weight, bias = self.base.dense_weight(), self.base.dense_bias()
         return (weight, bias) if name is not None and name not in self.held() else self.only(name).folded(weight, bias)
 

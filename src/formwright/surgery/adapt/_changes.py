@@ -136,7 +136,8 @@ class Adapts(Surgery):
         """The change of one slot, on meta, in its base's own precision; beside integers in the default one."""
         own = self.arguments(plan.decisions, address)
         with torch.device("meta"):
-            made = self.change()(slot.in_features, slot.out_features, number=plan.decisions["number"], **own)
+            make: Any = self.change()  # sizes, its number and what is its own
+            made = make(slot.in_features, slot.out_features, number=plan.decisions["number"], **own)
         floats = (p.dtype for p in slot.parameters() if p.is_floating_point())
         return made.to(next(floats, torch.get_default_dtype()))
 
@@ -203,7 +204,7 @@ def patterns(model: Any, given: Sequence[str] | str | None, what: str) -> list[s
 
 
 def number(what: str, value: Any, least: float, below: float | None = None, *, above: bool = False) -> list[str]:
-    """A sentence where ``value`` is no number of at least ``least`` (``above``: more than it) and less than ``below``."""
+    """A sentence where ``value`` is no number from ``least`` on (``above``: above it) and below ``below``."""
     is_number = not isinstance(value, bool) and isinstance(value, (int, float))
     if is_number and (value > least if above else value >= least) and (below is None or value < below):
         return []

@@ -3,11 +3,11 @@
     W' = W + z * w,   z = clip(s (r - l) + l, 0, 1),   s = sigmoid(logit(u) + a)
 
 Guo et al., 2020 (2012.07463): gates of Louizos et al., 2017 (1712.01312), one an entry times one a matrix, with
-l = -1.5, r = 1.5 and a = 5 at the start; u is uniform in training and 1/2 afterwards. The penalty is the expected number
-of open gates. After ``project`` of the run the ``keep`` largest entries of z w in the whole model stay and the other gates
-close for good; w goes on training. w starts at zero, so nothing changes at the start, to the last bit. Cost: two
-tensors of the weight's size while it trains, a dense product beside the base's; what is saved at the end is dense too,
-and ``keep`` of it is not zero.
+l = -1.5, r = 1.5 and a = 5 at the start; u is uniform in training and 1/2 afterwards. The penalty is the expected
+number of open gates. After ``project`` of the run the ``keep`` largest entries of z w in the whole model stay and the
+other gates close for good; w goes on training. w starts at zero, so nothing changes at the start, to the last bit.
+Cost: two tensors of the weight's size while it trains, a dense product beside the base's; what is saved at the end is
+dense too, and ``keep`` of it is not zero.
 """
 
 from __future__ import annotations

@@ -3,12 +3,13 @@
     W' = m / n (W + s B A) row by row,   n = |W + s B A| of each row, taken as fixed by the gradient
 
 Liu et al., 2024 (2402.09353). m starts at the lengths of W's own rows and B at zero, so an adapter begins as nothing at
-all: what is added is ``(m/n - 1) W x + (m/n) s B A x``, zero to the last bit. n comes from |W|^2, W A^T and A A^T, so W + s B A is
-never formed. Cost: LoRA's, out parameters more, and r (out in + r in + r out) products a call.
+all: what is added is ``(m/n - 1) W x + (m/n) s B A x``, zero to the last bit. n comes from |W|^2, W A^T and A A^T, so
+W + s B A is never formed. Cost: LoRA's, out parameters more, and r (out in + r in + r out) products a call.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -59,13 +60,14 @@ class DoRA(LoRA):
         return ((self.m / self.lengths(weight))[:, None] * whole).to(weight.dtype), bias
 
     def take(self, base: LinearLike, out: Tensor | None, inn: Tensor | None) -> DoRA:
-        taken = super().take(base, None, inn)
+        taken = copy.deepcopy(self)
+        taken.A = cut(self.A, 1, inn)
         if inn is not None:
             # The rows are shorter now, and what is left of them has to come out as before.
             cut_weight = base.dense_weight().detach().index_select(1, inn)
-            taken.m.data *= taken.lengths(cut_weight) / self.lengths(base.dense_weight())  # type: ignore[attr-defined]
-        taken.m, taken.B = cut(taken.m, 0, out), cut(taken.B, 0, out)  # type: ignore[attr-defined]
-        return taken  # type: ignore[return-value]
+            taken.m.data *= taken.lengths(cut_weight) / self.lengths(base.dense_weight())
+        taken.m, taken.B = cut(taken.m, 0, out), cut(taken.B, 0, out)
+        return taken
 
     def scale_in(self, s: float) -> None:
         super().scale_in(s)

@@ -18,7 +18,7 @@ from formwright.registry import Paper, register
 from formwright.surgery.adapt._changes import held
 from formwright.surgery.adapt.partly_learnable import PartlyLearnable, PartlyLearnableSurgery
 from formwright.surgery.adapt.switch import numbers, wrapped
-from formwright.surgery.base import Displaced, Plan
+from formwright.surgery.base import Displaced, Plan, check_options
 
 
 @register("surgery", "fuse", paper=Paper("Xu et al.", 2024, "2403.19456"), summary="one adapter from halves of two")
@@ -26,16 +26,17 @@ class Fuse(PartlyLearnableSurgery):
     """Options: content, style: names of two partly learnable adapters. name: of the new one, default "fused". train,
     precondition: as there."""
 
-    examples = ({"content": "default", "style": "default"},)
+    examples = ({"content": "default", "style": "default"},)  # type: ignore[assignment]
     after = "partly-learnable"
     own = {"content": "content", "style": "style", "precondition": None}
 
     def plan(self, model: Any, evidence: Any = None, **options: Any) -> Plan:
+        check_options(self.name, options, (*self.own, "name", "train"))
         given = {**self.own, "name": "fused", **options}
         all_of(SpecError, self.problems(model, given["content"], given["style"]))
         source = halves(model, given["content"])
         some = next(iter(source.values()))
-        plain: dict[str, Any] = {key: given[key] for key in ("name", "train", "seed") if key in given}
+        plain: dict[str, Any] = {key: given[key] for key in ("name", "train") if key in given}
         made = super().plan(model, **plain, where=list(source))
         decisions = {
             **made.decisions,

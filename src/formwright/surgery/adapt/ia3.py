@@ -69,14 +69,16 @@ class IA3(Change):
         return f"side={self.side}, number={self.number}"
 
 
-@register("surgery", "ia3", paper=Paper("Liu et al.", 2022, "2205.05638"), summary="keys, values and hidden units scaled")
+@register(
+    "surgery", "ia3", paper=Paper("Liu et al.", 2022, "2205.05638"), summary="keys, values and hidden units scaled"
+)
 class IA3Surgery(Adapts):
     """Options: inputs: roles whose inputs are multiplied, default down (other slots' outputs are). And those of
     :class:`Adapts`; default k, v and down."""
 
     own: ClassVar[Mapping[str, Any]] = {"inputs": ("down",)}
     places = ("k", "v", "down")
-    examples = ({}, {"where": ["query", "up"], "inputs": ["up"], "name": "other"})
+    examples = ({"where": ["k", "v", "down"]}, {"where": ["query", "up"], "inputs": ["up"], "name": "other"})
 
     def wrong(self, options: Mapping[str, Any]) -> list[str]:
         given = options["inputs"]

@@ -18,7 +18,7 @@ from formwright.surgery.adapt._partial import Tunes, norms
 class LayerNormTuning(Tunes):
     __doc__ = Tunes.__doc__
 
-    examples = ({},)
+    examples = ({"where": "norm"},)
     what = "parameters of norms"
 
     def found(self, model: Any) -> dict[str, str]:

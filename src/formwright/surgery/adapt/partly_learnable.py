@@ -2,8 +2,8 @@
 
     W' = W + up down,   up = [A; B] (out, rank),  down = [C, D] (rank, in):   up down = [[A C, A D], [B C, B D]]
 
-Xu et al., 2024 (2403.19456), Break-for-Make. A and C are fixed; one adapter learns a content in D, another a style in B,
-and :mod:`formwright.surgery.adapt.fuse` takes B of the one and D of the other. A and C are rows of one matrix with
+Xu et al., 2024 (2403.19456), Break-for-Make. A and C are fixed; one adapter learns a content in D, another a style in
+B, and :mod:`formwright.surgery.adapt.fuse` takes B of the one and D of the other. A and C are rows of one matrix with
 orthonormal columns (``prior="orthogonal"``, square linears; others start as plain LoRA does), which leaves
 ``|A C| / |A| |C|`` near ``1 / sqrt(rank)``; ``"exact"`` gives each half of the rank, so that A C = 0. They depend on
 (seed, slot) alone, so adapters of one seed share them. B starts at zero; A D does not, so only ``"plain"`` starts as

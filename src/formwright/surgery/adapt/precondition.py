@@ -2,9 +2,9 @@
 
     G_up <- G_up (down down^T + delta I)^-1,   G_down <- (up^T up + delta I)^-1 G_down
 
-Zhang and Pilanci, 2024 (2402.02347), used by Xu et al., 2024 (2403.19456). Under ``up -> s up, down -> down / s`` a step
-of plain gradient descent along these changes ``up down`` the same for every s, and one along plain gradients does not
-(nor does any form of Adam, which takes the scale of a gradient away). Cost: two r x r inverses a pair and step.
+Zhang and Pilanci, 2024 (2402.02347), used by Xu et al., 2024 (2403.19456). Under ``up -> s up, down -> down / s`` a
+step of plain gradient descent along these changes ``up down`` the same for every s, and one along plain gradients does
+not (nor does any form of Adam, which takes the scale of a gradient away). Cost: two r x r inverses a pair and step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from formwright.surgery.base import Companion
 LEAST = 1e-6
 
 
-def preconditioned(up: Tensor, down: Tensor, to_up: Tensor, to_down: Tensor, delta: float = 0.0) -> tuple[Tensor, Tensor]:
+def preconditioned(
+    up: Tensor, down: Tensor, to_up: Tensor, to_down: Tensor, delta: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Factors up (out, r) and down (r, in) and gradients of (some rows of) up (m, r), (columns of) down (r, n) -> the
     gradients, preconditioned."""
     return _divided(to_up, down @ down.t(), delta), _divided(to_down.t(), up.t() @ up, delta).t()
