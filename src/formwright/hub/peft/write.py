@@ -162,7 +162,7 @@ def _write_ia3(model: Any, plan: Plan, names: Names) -> tuple[dict[str, Any], di
         own: list[Any] = [change for change in changes if change is not None]
         if {change.side for change in own} == {"out"}:
             ones = [torch.ones(size) for size in sizes_of(model, place)]
-            factors = [one if change is None else change.l for one, change in zip(ones, changes)]  # type: ignore[union-attr]
+            factors: list[Any] = [one if change is None else change.l for one, change in zip(ones, changes)]
             values[f"{ROOT}{place.module}.ia3_l"] = torch.cat(factors)[:, None]
             continue
         if len(own) != len(changes) or not all(torch.equal(change.l, own[0].l) for change in own):
