@@ -1,9 +1,10 @@
 """A training step with LoRA against ``peft`` on the same model: time, saved activations, peak memory.
 
-    python -m benchmarks.peft [--model minilm] [--model causal] [--method lora] [--threads 1] [--json]
+    python -m benchmarks.peft [--model minilm] [--shape full] [--shape natural] [--method dora] [--threads 1] [--json]
 
 Both sides read one random checkpoint and one adapter, written by ``peft`` and read here, and take the same step:
-forward, backward, AdamW on the adapter alone, no dropout, no padding. Gradients are compared before anything is timed.
+forward, backward, AdamW on the adapter alone, no dropout. Rows are of one length, or of natural ones, which peft pads
+and Formwright packs; the loss is over real tokens. Gradients are compared before anything is timed.
 Saved is what autograd keeps between forward and backward, parameters left out; peak is the process's, above what it
 held before the step, measured after the times since it makes the allocator give every block back at once.
 """
@@ -11,6 +12,7 @@ held before the step, measured after the times since it makes the allocator give
 from __future__ import annotations
 
 import ctypes
+import itertools
 import re
 import tempfile
 import warnings
@@ -25,6 +27,8 @@ from torch import Tensor, nn
 import formwright as fw
 from benchmarks.harness import arguments, race, show
 from formwright.hub import load_adapter
+from formwright.models.batch import pad
+from formwright.models.text import packed
 
 #: rows and tokens a row of a step; the published class and its configuration; the linears that peft adapts.
 MODELS: dict[str, tuple[tuple[int, int], str, dict[str, Any], list[str]]] = {
@@ -65,15 +69,15 @@ BAR = 0.99999
 class Side:
     """One contender: ``step()`` is a whole training step."""
 
-    def __init__(self, model: nn.Module, answer: Callable[[Tensor], Tensor], ids: Tensor) -> None:
-        self.model, self.answer, self.ids = model.train(), answer, ids
+    def __init__(self, model: nn.Module, answer: Callable[[], Tensor], tokens: int) -> None:
+        """``answer()`` gives what is said of each real token, (tokens, classes)."""
+        self.model, self.answer = model.train(), answer
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=1e-4)
-        self.target = torch.randint(0, 100, (ids.numel(),), generator=torch.Generator().manual_seed(1))
+        self.target = torch.randint(0, 100, (tokens,), generator=torch.Generator().manual_seed(1))
 
     def loss(self) -> Tensor:
-        said = self.answer(self.ids)
-        return nn.functional.cross_entropy(said.flatten(0, 1), self.target)
+        return nn.functional.cross_entropy(self.answer(), self.target)
 
     def step(self) -> None:
         self.loss().backward()
@@ -143,16 +147,28 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
-def sides(name: str, method: str, rank: int) -> dict[str, Side]:
+def drawn(name: str, shape: str) -> list[list[int]]:
+    """Rows of ids: all of the full length, or of lengths spread evenly from an eighth of it."""
+    (rows, length), _, options, _ = MODELS[name]
+    generator = torch.Generator().manual_seed(2)
+    sizes = [length] * rows if shape == "full" else torch.linspace(length // 8, length, rows).int().tolist()
+    return [torch.randint(1, options["vocab_size"], (size,), generator=generator).tolist() for size in sizes]
+
+
+def sides(name: str, shape: str, method: str, rank: int) -> dict[str, Side]:
     """Both contenders on the same values."""
     import peft
     import transformers
 
-    (rows, length), kind, options, targets = MODELS[name]
+    _, kind, options, targets = MODELS[name]
     made = getattr(transformers, kind)
     torch.manual_seed(0)
     config = made.config_class(**options)
-    ids = torch.randint(1, options["vocab_size"], (rows, length))
+    rows = drawn(name, shape)
+    ids, lengths = pad(rows)
+    real = torch.arange(ids.shape[1])[None] < lengths[:, None]
+    given: dict[str, Any] = {"use_cache": False} if kind.endswith("LM") else {}
+    given |= {} if shape == "full" else {"attention_mask": real.long()}
     with tempfile.TemporaryDirectory() as folder:
         base = made(config)
         base.save_pretrained(f"{folder}/base")
@@ -166,11 +182,17 @@ def sides(name: str, method: str, rank: int) -> dict[str, Side]:
         theirs.save_pretrained(f"{folder}/adapter")
         ours = load_adapter(fw.load(f"{folder}/base"), f"{folder}/adapter")
 
-    def published(ids: Tensor) -> Tensor:
-        said = theirs(input_ids=ids, use_cache=False) if kind.endswith("LM") else theirs(input_ids=ids)
-        return said.logits if kind.endswith("LM") else said.last_hidden_state
+    def published() -> Tensor:
+        said = theirs(input_ids=ids, **given)
+        states = said.logits if kind.endswith("LM") else said.last_hidden_state
+        return states.flatten(0, 1) if shape == "full" else states[real]
 
-    return {"formwright": Side(ours, ours, ids), "peft": Side(theirs, published, ids)}
+    batch = ids if shape == "full" else packed(ours, rows)
+    tokens = int(lengths.sum())
+    return {
+        "formwright": Side(ours, lambda: ours(batch).flatten(0, 1), tokens),
+        "peft": Side(theirs, published, tokens),
+    }
 
 
 def agreement(found: Tensor, wanted: Tensor) -> float:
@@ -180,17 +202,19 @@ def agreement(found: Tensor, wanted: Tensor) -> float:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--model", choices=MODELS, action="append")
+    parser.add_argument("--shape", choices=("full", "natural"), action="append")
     parser.add_argument("--method", choices=("lora", "dora"), default="lora")
     parser.add_argument("--rank", type=int, default=8)
     given = parser.parse_args()
     torch.set_num_threads(given.threads or torch.get_num_threads())
     warnings.simplefilter("ignore")
-    for name in given.model or MODELS:
-        held = sides(name, given.method, given.rank)
+    for name, shape in itertools.product(given.model or MODELS, given.shape or ("full", "natural")):
+        held = sides(name, shape, given.method, given.rank)
+        what = f"{name} {shape}"
         wanted = held["peft"].gradients()
         agree = {key: agreement(side.gradients(), wanted) for key, side in held.items()}
         contenders: dict[str, Callable[[], Any]] = {key: side.step for key, side in held.items()}
-        lines = race(f"peft {given.method}", name, contenders, agree, BAR, "peft", given.rounds)
+        lines = race(f"peft {given.method}", what, contenders, agree, BAR, "peft", given.rounds)
         for line in lines:
             side = held[line["contender"]]
             side.peak()  # what is made once stays
@@ -200,7 +224,7 @@ def main() -> None:
         if not given.json:
             for line in lines:
                 peak = "" if line["peak_mib"] is None else f", peak {line['peak_mib']:.0f} MiB"
-                print(f"  {name:<10} {line['contender']:<34} saved {line['saved_mib']:.1f} MiB{peak}")
+                print(f"  {what:<10} {line['contender']:<34} saved {line['saved_mib']:.1f} MiB{peak}")
 
 
 if __name__ == "__main__":
