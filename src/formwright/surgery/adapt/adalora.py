@@ -141,7 +141,7 @@ class Budget(Companion):
         if progress >= 1 - self.end:
             return self.target
         passed = (progress - self.begin) / (1 - self.end - self.begin)
-        return self.target + int((self.whole - self.target) * (1 - passed) ** 3)
+        return self.target + round((self.whole - self.target) * (1 - passed) ** 3)
 
     def gradients(self, run: Any) -> None:
         """Smooth the importances; after the last allocation they are needed no more."""
