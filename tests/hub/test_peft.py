@@ -162,6 +162,30 @@ def test_a_trained_head_goes_with_it(tmp_path: Path) -> None:
     assert adapters(back)["out"].decisions["train"]
 
 
+def test_the_command_line_takes_and_gives_them(tmp_path: Path) -> None:
+    from formwright.cli.main import main
+
+    where = base("bert", tmp_path)
+    model = fw.apply(ours(where), "lora", rank=2, name="mine")
+    fw.save(model, tmp_path / "model")
+    save_adapter(model, "mine", tmp_path / "saved")
+
+    def run(*words: object) -> int:
+        with pytest.raises(SystemExit) as stop, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            main([str(word) for word in words])
+        return int(stop.value.code or 0)
+
+    assert run("export", tmp_path / "model", "--to", "peft", "--adapter", "mine", "--out", tmp_path / "one") == 0
+    assert run("export", where, "--to", "peft", "--adapter", tmp_path / "saved", "--out", tmp_path / "two") == 0
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two")]
+    assert files[0] == files[1]
+    merged = tmp_path / "dense"
+    assert run("export", where, "--adapter", tmp_path / "one", "--dequantize", "--out", merged) == 0
+    torch.testing.assert_close(said(ours(merged)), said(model), rtol=1e-5, atol=1e-6)
+    assert run("export", where, "--to", "peft", "--out", tmp_path / "none") == 2
+
+
 def test_what_peft_cannot_say_and_what_it_says_wrongly(tmp_path: Path) -> None:
     where = base("bert", tmp_path)
     model = fw.apply(ours(where), "krona", factor=4)

@@ -24,7 +24,7 @@ from formwright.hub.records import FORMAT, check_files, read_record, write_recor
 from formwright.kit.errors import DataError, FormwrightError, Refusal, all_of, unknown
 from formwright.kit.files import recover, replacing
 from formwright.models.model import Entry
-from formwright.surgery.adapt._training import remember
+from formwright.surgery.adapt._training import plain_name, remember
 from formwright.surgery.adapt.switch import numbers
 from formwright.surgery.base import Plan, apply, layout_fingerprint, surgery, undo
 
@@ -44,15 +44,10 @@ def adapters(model: Any) -> dict[str, Plan]:
 
 def _matching(held: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:
     """The tensors of an adapter: what it may train, and what it added and keeps fixed."""
-    patterns = [_plain(pattern) for pattern in surgery(plan.surgery).promises(plan).trains_only or ()]
+    patterns = [plain_name(pattern) for pattern in surgery(plan.surgery).promises(plan).trains_only or ()]
     if "number" in plan.decisions:
         patterns.append(f"*.adapters.{plan.decisions['name']}.*")
-    return {name: t for name, t in held.items() if any(fnmatch.fnmatchcase(_plain(name), p) for p in patterns)}
-
-
-def _plain(name: str) -> str:
-    """A tensor's name without the wrappers around its linear, which come and go."""
-    return name.replace(".base.", ".")
+    return {name: t for name, t in held.items() if any(fnmatch.fnmatchcase(plain_name(name), p) for p in patterns)}
 
 
 def base_sha256(model: Any, *beside: Plan) -> str:
@@ -62,7 +57,7 @@ def base_sha256(model: Any, *beside: Plan) -> str:
     """
     held = tensors.named(model)
     trained = {name for plan in (*adapters(model).values(), *beside) for name in _matching(held, plan)}
-    plain = {_plain(name): tensor for name, tensor in held.items() if name not in trained}
+    plain = {plain_name(name): tensor for name, tensor in held.items() if name not in trained}
     digest = hashlib.sha256()
     for name in sorted(plain):
         tensor = plain[name].detach().cpu().contiguous()
@@ -103,7 +98,7 @@ def save_adapter(model: Any, name: str, directory: str | os.PathLike[str], *, ov
         "base_sha256": base_sha256(model),
     }
     with replacing(path, ours=lambda p: (p / RECORD).is_file(), overwrite=overwrite) as made:
-        files = tensors.write(values, made, "adapter")
+        files = tensors.write({plain_name(key): value for key, value in values.items()}, made, "adapter")
         write_record(made / RECORD, record, files)
     return path
 
@@ -134,11 +129,13 @@ def load_adapter(model: Any, directory: str | os.PathLike[str], *, verify: bool 
     try:
         wanted = _matching(tensors.named(model), plan)
         values = tensors.read(
-            [path / name for name in record["files"] if name.endswith(".safetensors")], wanted, model.device
+            [path / name for name in record["files"] if name.endswith(".safetensors")],
+            {plain_name(key): like for key, like in wanted.items()},
+            model.device,
         )
     except FormwrightError:
         undo(model)
         raise
-    tensors.put(model, values)
+    tensors.put(model, {key: values[plain_name(key)] for key in wanted})
     model.history += [Entry(e["kind"], e["name"], e.get("data", {})) for e in record["events"]]
     return model

@@ -79,11 +79,6 @@ def _turns(row: Row) -> bool:
     return probe.shape[0] == 3
 
 
-def plain(name: str) -> str:
-    """A parameter's name without the wrapper around its linear."""
-    return name.replace(".base.", ".")
-
-
 def sizes(model: Any, place: Place) -> list[int]:
     """Rows of each slot of a published linear."""
     return [model.slot(address).out_features for address in place.addresses]

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from formwright.hub.families._files import read_json
-from formwright.hub.peft.names import CONFIG, ROOT, VALUES, Names, Place, plain
+from formwright.hub.peft.names import CONFIG, ROOT, VALUES, Names, Place
 from formwright.hub.peft.names import sizes as sizes_of
 from formwright.kit.errors import DataError, unknown
 from formwright.parts.make import bad_name
 from formwright.surgery.adapt._changes import held
-from formwright.surgery.adapt._training import remember
+from formwright.surgery.adapt._training import plain_name, remember
 from formwright.surgery.adapt.switch import numbers
 from formwright.surgery.base import Plan, apply, layout_fingerprint, surgery
 
@@ -48,9 +48,9 @@ def read(model: Any, path: Path) -> Any:
     apply(model, plan)
     with torch.no_grad():
         made.fill(model, plan)
-        own = {plain(name): parameter for name, parameter in model.named_parameters()}
+        own = {plain_name(name): parameter for name, parameter in model.named_parameters()}
         for name, value in beside.items():
-            own[plain(name)].copy_(value)
+            own[plain_name(name)].copy_(value)
     return model
 
 
@@ -102,7 +102,7 @@ def _free_name(model: Any, path: Path) -> str:
 
 def _beside(model: Any, given: _Given, names: Names) -> dict[str, Tensor]:
     """Our name -> value of whole modules that were trained with the adapter."""
-    present = {plain(name): name for name, _ in model.named_parameters()}
+    present = {plain_name(name): name for name, _ in model.named_parameters()}
     found: dict[str, Tensor] = {}
     for row in names.rows:
         if all(name in given.tensors for name in row.theirs):
@@ -208,7 +208,7 @@ def _read_norms(model: Any, config: Mapping[str, Any], given: _Given, names: Nam
             values[row.ours[0]] = given.take(f"{module}{ending}")
 
     def fill(model: Any, plan: Plan) -> None:
-        own = dict(model.named_parameters())
+        own = {plain_name(name): parameter for name, parameter in model.named_parameters()}
         for name, value in values.items():
             own[name].copy_(value)
 

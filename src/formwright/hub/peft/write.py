@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from formwright.hub.families._files import write_json
-from formwright.hub.peft.names import CONFIG, ROOT, VALUES, Names, Place, is_ours, plain
+from formwright.hub.peft.names import CONFIG, ROOT, VALUES, Names, Place, is_ours
 from formwright.hub.peft.names import sizes as sizes_of
 from formwright.kit.errors import Refusal, SpecError, all_of, unknown
 from formwright.kit.files import DirectoryWriter
 from formwright.parts.linears.adapted import Change
 from formwright.surgery.adapt._changes import held
+from formwright.surgery.adapt._training import plain_name
 from formwright.surgery.base import Plan
 
 #: What a published class is for, by how its name ends.
@@ -73,10 +74,10 @@ def _trained_beside(model: Any, plan: Plan, names: Names) -> tuple[dict[str, Ten
     """Published name -> value of what was trained besides, such as a head, and the modules they belong to."""
     wanted = plan.decisions.get("train", ())
     held_ = dict(model.named_parameters())
-    mine = {plain(n) for n in held_ if any(fnmatch.fnmatchcase(n, p) for p in wanted)}
+    mine = {plain_name(n) for n in held_ if any(fnmatch.fnmatchcase(n, p) for p in wanted)}
     if not mine:
         return {}, []
-    by_name = {plain(name): parameter for name, parameter in held_.items()}
+    by_name = {plain_name(name): parameter for name, parameter in held_.items()}
     found: dict[str, Tensor] = {}
     for row in names.rows:
         if mine & set(row.ours):
@@ -204,7 +205,7 @@ def _write_vera(model: Any, plan: Plan, names: Names) -> tuple[dict[str, Any], d
 
 
 def _write_norms(model: Any, plan: Plan, names: Names) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    values = dict(model.named_parameters())
+    values = {plain_name(name): parameter for name, parameter in model.named_parameters()}
     tuned = {name.rpartition(".")[0] for name in plan.decisions["tuned"]}
     found: dict[str, Tensor] = {}
     for row in names.rows:

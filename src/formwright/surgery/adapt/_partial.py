@@ -9,9 +9,11 @@ from __future__ import annotations
 import glob
 from typing import Any
 
+from torch import nn
+
 from formwright.kit.errors import Refusal, SpecError, all_of, unknown
 from formwright.surgery.adapt._changes import patterns
-from formwright.surgery.adapt._training import put_back, remember, train_only
+from formwright.surgery.adapt._training import plain_name, put_back, remember, train_only
 from formwright.surgery.base import Displaced, Plan, Promises, Surgery, check_options, chosen_addresses
 
 
@@ -35,7 +37,7 @@ class Tunes(Surgery):
         known = list(dict.fromkeys(found.values()))
         chosen = chosen_addresses(known, options.get("where"), ("*",), f"{self.name}: where")
         decisions = {
-            "tuned": [name for name, address in found.items() if address in chosen],
+            "tuned": [plain_name(name) for name, address in found.items() if address in chosen],
             "train": patterns(model, options.get("train"), self.name),
             "before": remember(model),
         }
@@ -46,24 +48,29 @@ class Tunes(Surgery):
         return Promises(preserves_function=0.0, trains_only=(*own, *plan.decisions["train"]))
 
     def check(self, model: Any, plan: Plan) -> None:
-        known = dict(model.named_parameters())
+        known = plainly_named(model)
         missing = [name for name in plan.decisions["tuned"] if name not in known]
         all_of(SpecError, [f"{self.name}: {unknown('parameter', name, known)}" for name in missing])
 
     def reshape(self, model: Any, plan: Plan) -> Displaced:
         """What is displaced are the values."""
         train_only(model, self.promises(plan).trains_only or ())
-        held = dict(model.named_parameters())
+        held = plainly_named(model)
         return {name: held[name].detach().clone() for name in plan.decisions["tuned"]}
 
     def restore(self, model: Any, plan: Plan, displaced: Displaced) -> None:
-        held = dict(model.named_parameters())
+        held = plainly_named(model)
         for name, value in displaced.items():
             held[name].data.copy_(value)
         put_back(model, plan.decisions["before"])
 
     def words(self, plan: Plan) -> str:
         return f"Tunes {len(plan.decisions['tuned'])} {self.what} of the model's own ({self.name}); only they train."
+
+
+def plainly_named(model: Any) -> dict[str, nn.Parameter]:
+    """The model's parameters by their names without wrappers."""
+    return {plain_name(name): parameter for name, parameter in model.named_parameters()}
 
 
 def norms(model: Any) -> dict[str, str]:
