@@ -213,3 +213,27 @@ def test_where_a_method_goes() -> None:
     assert chosen("all") == {a for a in roles if a.startswith("b")}
     with pytest.raises(FormwrightError, match=r"'qeury' matches no slot; did you mean 'query'"):
         chosen("qeury")
+
+
+def test_another_adapter_is_another_number_and_no_other_graph() -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    slot = Adapted(IN, OUT, method="lora", rank=2, names=("one", "two"))
+    slot.add("three", registry.resolve("change", "ia3")(IN, OUT, number=2))
+    initialise(slot, 0)
+    shaken(slot)
+
+    def run(x: Tensor, adapters: Tensor) -> Tensor:
+        return slot(x, Context(adapters=adapters))
+
+    compiled, x = torch.compile(run, backend=backend), drawn(3, 4, IN)
+    with torch.no_grad():
+        for numbers_ in ([0, 0, 0], [1, 1, 1], [2, -1, 0]):
+            torch.testing.assert_close(compiled(x, torch.tensor(numbers_)), run(x, torch.tensor(numbers_)))
+        slot.held()["one"].A.mul_(2.0)  # type: ignore[operator, union-attr]
+        torch.testing.assert_close(compiled(x, torch.tensor([0, 0, 1])), run(x, torch.tensor([0, 0, 1])))
+    assert len(graphs) == 1

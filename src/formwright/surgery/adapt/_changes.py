@@ -145,10 +145,11 @@ class Adapts(Surgery):
         displaced: Displaced = {}
         for address in plan.decisions["slots"]:
             slot = model.slot(address)
-            change = on(self.laid_out(slot, address, plan), slot).train(slot.training)
-            wrapper = slot if isinstance(slot, Adapted) else Adapted(base=slot).train(slot.training)
+            change = on(self.laid_out(slot, address, plan), slot).train(model.training)
+            wrapper = slot if isinstance(slot, Adapted) else Adapted(base=slot)
             wrapper.add(plan.decisions["name"], change)  # type: ignore[arg-type]
             if wrapper is not slot:
+                wrapper.training = model.training
                 displaced[address] = model.set_slot(address, wrapper)
         train_only(model, self.promises(plan).trains_only or ())
         return displaced
