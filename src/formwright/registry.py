@@ -38,6 +38,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "combinator": ("parts/combinators",),
     "linear": ("parts/linears",),
     "adapter": ("parts/adapters",),
+    "change": ("surgery/adapt",),
     "norm": ("parts/norms",),
     "combine": ("parts/combines",),
     "stem": ("parts/stems",),

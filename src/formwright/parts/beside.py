@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from formwright.parts.base import Cost, Shape, own_parameters
 from formwright.parts.context import Context
-from formwright.parts.linears.lora import spread
+from formwright.parts.linears.adapted import spread
 
 
 class Adapter(nn.Module):

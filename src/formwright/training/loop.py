@@ -22,6 +22,7 @@ from formwright.models.model import Entry
 from formwright.tasks.base import Task
 from formwright.training import checkpoint
 from formwright.training.checkpoint import RunDirectory
+from formwright.training.companions import companions
 from formwright.training.hooks import Average, Evaluate, Hook, JsonLog, Live
 from formwright.training.recipe import Recipe, make_objective
 from formwright.training.run import Run
@@ -87,6 +88,7 @@ def train(
         data.bind(model)
     source = source_of(data, recipe.seed, split)
     every: list[Hook] = [Average(name, recipe.ema) for name, kind in made.others.items() if kind == "ema"]
+    every += companions(model)
     every += list(hooks)
     if evaluate_every is not None:
         if not isinstance(data, Task):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from formwright.kit.errors import SpecError
+from formwright.kit.errors import Refusal, SpecError
 from formwright.parts.base import Cost, Shape, TableLike
 from formwright.parts.context import Context
 from formwright.registry import Paper, register
@@ -75,7 +75,8 @@ class Prompted(TableLike):
         """For each of ``rows`` rows (documents, when packed): the id of its prompt's first vector, and how many."""
         chosen = torch.full((rows,), self.active) if ctx.adapters is None else ctx.adapters
         if len(chosen) != rows:
-            raise SpecError(f"{len(chosen)} adapters were chosen for {rows} {'rows' if ctx.offsets is None else 'documents'}")
+            what = "rows" if ctx.offsets is None else "documents"
+            raise SpecError(f"{len(chosen)} adapters were chosen for {rows} {what}")
         first, count = torch.zeros_like(chosen), torch.zeros_like(chosen)
         begin = self.base.rows
         for prompt in self.held():
@@ -85,8 +86,7 @@ class Prompted(TableLike):
         return first, count
 
     def dense_weight(self) -> Tensor:
-        """The base's: prompts are no tokens that a text could hold."""
-        return self.base.dense_weight()
+        raise Refusal("prompts stand before every text, which no token table says; undo them first")
 
     def logits(self, x: Tensor) -> Tensor:
         return self.base.logits(x)

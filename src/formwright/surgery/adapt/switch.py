@@ -1,0 +1,45 @@
+"""Which adapter answers: names and numbers of a model's adapters, one for each row, one for all calls.
+
+A choice is a number that the wrappers compare, so switching costs nothing and compiles nothing anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from formwright.kit.errors import SpecError, all_of, unknown
+from formwright.parts.linears.adapted import Adapted
+
+
+def wrapped(model: Any) -> dict[str, Adapted]:
+    """Every slot that holds adapters, by address."""
+    return {address: slot for address, slot in model.slots().items() if isinstance(slot, Adapted)}
+
+
+def numbers(model: Any) -> dict[str, int]:
+    """Every adapter of a model and its number, oldest first."""
+    found = {name: number for slot in wrapped(model).values() for name, number in slot.numbers.items()}
+    return dict(sorted(found.items(), key=lambda pair: pair[1]))
+
+
+def choose(model: Any, names: Sequence[str | None]) -> Tensor:
+    """Adapter names of rows (None: no adapter) -> (B,) int64 for ``model(batch, adapters=...)``."""
+    known = numbers(model)
+    all_of(SpecError, [unknown("adapter", name, known) for name in names if name is not None and name not in known])
+    picked = [-1 if name is None else known[name] for name in names]
+    return torch.tensor(picked, dtype=torch.long, device=model.device)
+
+
+def use(model: Any, name: str | None) -> Any:
+    """Make ``name`` the adapter of calls that choose none (None: no adapter); returns the model.
+
+    Adapter 0, the first, is used until then; the choice belongs to this process and is not saved.
+    """
+    number = int(choose(model, [name])[0])
+    for slot in wrapped(model).values():
+        slot.active = number
+    return model
