@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from formwright.kit.errors import DataError, FormwrightError, Refusal, SpecError, unknown
+from formwright.models import prompts
 from formwright.models.batch import EMPTY, Batch
 from formwright.models.build import Builder
-from formwright.models import prompts
 from formwright.models.items import Item, ItemList, Reshape, Residual, describe, run, run_cost, walk
 from formwright.models.text import TextFace
 from formwright.parts.adapters.prompt import Prompted

@@ -24,7 +24,7 @@ ALONG = ("types",)
 
 
 def lead(table: Prompted, inputs: Mapping[str, Tensor], ctx: Context) -> tuple[dict[str, Tensor], Context]:
-    """``inputs`` and the context with prompts before the rows. The positions of a call's own tokens move behind them."""
+    """``inputs`` and the context with prompts before the rows; the positions of the texts move behind them."""
     ids = inputs["tokens"]
     packed = ctx.offsets is not None
     first, counts = (t.to(ids.device) for t in table.firsts(len(ctx.offsets) - 1 if packed else len(ids), ctx))

@@ -95,9 +95,7 @@ def attention(
     for rows, columns in blocks(length, total, window, causal):
         near = k[:, columns], v[:, columns]
         near = near if ahead is None else ahead.before(*near)
-        pieces.append(
-            _block(*_heads_first(q[:, rows], *near), scale, causal, mask, bias, rows, columns, ahead)
-        )
+        pieces.append(_block(*_heads_first(q[:, rows], *near), scale, causal, mask, bias, rows, columns, ahead))
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)).transpose(1, 2)
 
 

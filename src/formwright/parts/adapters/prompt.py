@@ -20,7 +20,9 @@ from formwright.parts.context import Context
 from formwright.registry import Paper, register
 
 
-@register("adapter", "prompt", paper=Paper("Lester et al.", 2021, "2104.08691"), summary="learned vectors before a text")
+@register(
+    "adapter", "prompt", paper=Paper("Lester et al.", 2021, "2104.08691"), summary="learned vectors before a text"
+)
 class Prompt(nn.Module):
     """``rows`` (length, table width), which start N(0, 0.02)."""
 
