@@ -4,7 +4,7 @@
 
 Karimi Mahabadi et al., 2021 (2106.04647). W is never made: x is read by the s_i in n runs of in / n entries, mixed by
 the A_i, and written by the t_i. A starts N(0, 0.01); with ``start`` "zero" the t_i of the map up are zero, so that the
-model's function is unchanged; "glorot" draws them as all others. Cost of a map: in + 2 out parameters with its bias, and n
+model's function is unchanged; "glorot" draws them as all others. Cost of a map: in + 2 out parameters, and n
 (in + out) + n^3 multiply-accumulates a token; n^3 parameters for the whole model.
 """
 

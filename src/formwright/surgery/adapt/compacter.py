@@ -40,7 +40,10 @@ class Compacter(Attaches):
         "start": "zero",
         "skip": 0,
     }
-    examples = ({"n": 2, "hidden": 4}, {"n": 4, "hidden": 8, "plus": False, "start": "glorot", "name": "other"})
+    examples = (
+        {"n": 2, "hidden": 4, "name": "sums"},
+        {"n": 4, "hidden": 8, "plus": False, "start": "glorot", "name": "other"},
+    )
 
     def wrong(self, options: Mapping[str, Any]) -> list[str]:
         return sizes(self.name, options) + count(f"{self.name}: n", options["n"])

@@ -30,7 +30,10 @@ class MAM(PrefixTuning):
     """
 
     own = {"length": 16, "network": 800, "hidden": 16, "scale": 2.0, "activation": "relu"}
-    examples = ({"length": 2, "network": 3, "hidden": 3}, {"length": 3, "network": 0, "hidden": 2, "name": "other"})
+    examples = (
+        {"length": 2, "network": 3, "hidden": 3, "name": "both"},
+        {"length": 3, "network": 0, "hidden": 2, "name": "other"},
+    )
 
     def wrong(self, options: Mapping[str, Any]) -> list[str]:
         prefix = {"length": options["length"], "hidden": options["network"]}

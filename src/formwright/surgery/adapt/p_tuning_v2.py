@@ -17,4 +17,4 @@ class PTuningV2(PrefixTuning):
     """Options as in ``prefix-tuning``, with ``hidden`` 0 unless given."""
 
     own = {"length": 30, "hidden": 0}
-    examples = ({"length": 3},)
+    examples = ({"length": 3, "name": "deep"}, {"length": 2, "name": "other"})

@@ -29,7 +29,7 @@ class ParallelAdapter(Attaches):
     """
 
     own = {"hidden": 16, "scale": 2.0, "activation": "relu", "skip": 0}
-    examples = ({"hidden": 3}, {"hidden": 2, "scale": 1.0, "where": ["all"], "name": "other"})
+    examples = ({"hidden": 3, "name": "beside"}, {"hidden": 2, "scale": 1.0, "where": ["all"], "name": "other"})
 
     def wrong(self, options: Mapping[str, Any]) -> list[str]:
         return sizes(self.name, options) + number(f"{self.name}: scale", options["scale"], 0.0, above=True)

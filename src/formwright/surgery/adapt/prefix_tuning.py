@@ -38,7 +38,7 @@ class PrefixTuning(Attaches):
     """
 
     own = {"length": 30, "hidden": 512}
-    examples = ({"length": 3, "hidden": 4}, {"length": 2, "hidden": 0, "name": "other"})
+    examples = ({"length": 3, "hidden": 4, "name": "made"}, {"length": 2, "hidden": 0, "name": "other"})
 
     def wrong(self, options: Mapping[str, Any]) -> list[str]:
         return count(f"{self.name}: length", options["length"]) + count(f"{self.name}: hidden", options["hidden"], 0)

@@ -43,7 +43,7 @@ class PromptTuning(Surgery):
     """
 
     family = "adapt"
-    examples = ({"length": 3}, {"length": 2, "text": [1, 2], "name": "other"})
+    examples = ({"length": 3, "name": "first"}, {"length": 2, "text": [1, 2], "name": "other"})
 
     def plan(self, model: Any, evidence: Any = None, **options: Any) -> Plan:
         check_options(self.name, options, ("length", "start", "text", *(name for name in COMMON if name != "where")))

@@ -35,7 +35,10 @@ class SequentialAdapter(Attaches):
     """
 
     own = {"style": "pfeiffer", "reduction": 16, "hidden": None, "activation": "relu", "start": "zero", "skip": 0}
-    examples = ({"reduction": 8}, {"style": "houlsby", "hidden": 3, "start": "bert", "skip": 1, "name": "other"})
+    examples = (
+        {"reduction": 8, "name": "behind"},
+        {"style": "houlsby", "hidden": 3, "start": "bert", "skip": 1, "name": "other"},
+    )
 
     def wrong(self, options: Mapping[str, Any]) -> list[str]:
         style = options["style"]

@@ -37,6 +37,11 @@ def numbers(model: Any) -> dict[str, int]:
     return dict(sorted(found.items(), key=lambda pair: pair[1]))
 
 
+def beside_weights(model: Any) -> set[str]:
+    """Names of adapters that stand, wholly or partly, elsewhere than beside linears, so that no weight says them."""
+    return {name for holder, held in holders(model) if not isinstance(holder, Adapted) for name in held}
+
+
 def choose(model: Any, names: Sequence[str | None]) -> Tensor:
     """Adapter names of rows (None: no adapter) -> (B,) int64 for ``model(batch, adapters=...)``."""
     known = numbers(model)
