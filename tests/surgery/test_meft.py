@@ -223,7 +223,7 @@ def test_notes_from_inside_carry_gradients() -> None:
     notes = Notes(want={("b1.attention", "output")})
     model(tokens(2, 9), notes=notes)
     notes.got["b1.attention", "output"].sum().backward()
-    assert any(p.grad is not None and p.grad.any() for p in model.item("b0.mlp").beside.parameters())
+    assert any(p.grad is not None and p.grad.any() for p in model.item("b0.mlp").adapters.parameters())
 
 
 # ---------------------------------------------------------------------- the function
@@ -257,7 +257,7 @@ def test_a_stream_equals_one_pass(kind: int) -> None:
         parts = [model(piece, state=stream) for piece in ids.split([5, 1, 0, 6], 1)]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
     out = model(ids[:, :3], state=State(2))
-    assert torch.autograd.grad(out.sum(), run(model).layers[0][1].beside.part.up.weight)[0].any()  # type: ignore[union-attr]
+    assert torch.autograd.grad(out.sum(), run(model).layers[0][1].adapters["meft"].up.weight)[0].any()  # type: ignore[union-attr]
 
 
 def test_counts() -> None:

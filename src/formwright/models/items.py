@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from formwright.kit.errors import SpecError
 from formwright.parts.base import Cost, Part, Shape, Step, Tail, cost_sum, hooked
+from formwright.parts.beside import Adapters
 from formwright.parts.context import Context
 
 Order = Literal["pre", "post", "sandwich"]
@@ -88,8 +89,21 @@ def repacked(part: nn.Module, x: Tensor, ctx: Context) -> Tensor:
     return part(rows, inner)[inner.valid(rows)][None]
 
 
+def adapted(part: Part, adapters: Adapters | None, x: Tensor, ctx: Context) -> Tensor:
+    """What ``part`` makes of x, as its adapters change it."""
+    if adapters is not None:
+        ctx = adapters.enter(x, ctx)
+    # In the packed layout a recurrence begins anew inside its kernel, where no learned state can stand.
+    alone = not part.traits.packed or (bool(ctx.start) and not part.prefixes)
+    y = repacked(part, x, ctx) if ctx.offsets is not None and alone else part(x, ctx)
+    return y if adapters is None else adapters.leave(x, y, ctx)
+
+
 class Residual(Item):
-    """x + part(norm(x)), norm(x + part(x)), or x + norm_out(part(norm(x))), joined by ``combine``."""
+    """x + part(norm(x)), norm(x + part(x)), or x + norm_out(part(norm(x))), joined by ``combine``.
+
+    ``adapters`` stand around the part, where there are any: what they change is changed before anything is joined.
+    """
 
     def __init__(
         self, part: Part | None, order: Order, norm: nn.Module | None, norm_out: nn.Module | None, combine: nn.Module
@@ -100,7 +114,7 @@ class Residual(Item):
         self.norm = norm
         self.norm_out = norm_out
         self.combine = combine
-        self.beside: Beside | None = None
+        self.adapters: Adapters | None = None
 
     @property
     def dropped(self) -> bool:
@@ -111,8 +125,9 @@ class Residual(Item):
         if self.part is None:
             raise SpecError(f"{self.id} is already dropped")
         removed: dict[str, nn.Module | None] = {"part": self.part, "combine": self.combine, "norm_out": self.norm_out}
-        removed["beside"] = self.beside
-        self.part, self.norm_out, self.beside = None, None, None
+        if self.adapters is not None:
+            removed["adapters"] = self.adapters
+        self.part, self.norm_out, self.adapters = None, None, None
         self.combine = nn.Identity()
         if self.order != "post":
             removed["norm"] = self.norm
@@ -129,11 +144,13 @@ class Residual(Item):
 
     def forward(self, x: Tensor, ctx: Context) -> tuple[Tensor, Context]:
         # Looked up once: attributes of a module cost more than anything else here.
-        part, norm, combine, norm_out, beside = self.part, self.norm, self.combine, self.norm_out, self.beside
+        part, norm, combine, norm_out = self.part, self.norm, self.combine, self.norm_out
         post = self.order == "post"
         if part is None:
             return (x if norm is None else norm(x)), ctx
-        inner = ctx.at(self.local)
+        inner, beside = ctx.at(self.local), self.adapters
+        if beside is not None and not beside.awake(inner):
+            beside = None
         plain = getattr(combine, "plain", False)
         direct = plain and norm_out is None and beside is None and not inner.wants("output")
         direct = direct and (inner.offsets is None or part.traits.packed) and not hooked(part)
@@ -146,12 +163,7 @@ class Residual(Item):
             return part(seen, inner, tail), ctx
         if not plain and hasattr(combine, "before"):
             seen = combine.before(seen, inner)  # type: ignore[operator]
-        if inner.offsets is not None and not part.traits.packed:
-            y = repacked(part, seen, inner)
-        else:
-            y = part(seen, inner)
-        if beside is not None:
-            y = beside(seen, y, inner.at("beside"))
+        y = adapted(part, beside, seen, inner)
         inner.note("output", y)
         if norm_out is not None:
             y = norm_out(y)
@@ -163,7 +175,10 @@ class Residual(Item):
     def step(self, ctx: Context) -> Step | None:
         held = self._modules  # where a look-up takes a fifth of the time of an attribute
         part, norm, combine = held.get("part"), held.get("norm"), held.get("combine")
-        if part is None or held.get("norm_out") is not None or held.get("beside") is not None or ctx.notes is not None:
+        if part is None or held.get("norm_out") is not None or ctx.notes is not None:
+            return None
+        beside: Any = held.get("adapters")
+        if beside is not None and beside.awake(ctx):
             return None
         if not getattr(combine, "plain", False) or hooked(self) or hooked(part):
             return None
@@ -171,32 +186,18 @@ class Residual(Item):
         return part.step(inner, norm, self.order != "post")  # type: ignore[operator]
 
     def cost(self, shape: Shape) -> Cost:
-        every = (self.part, self.beside, self.norm, self.norm_out, self.combine)
-        held = [module for module in every if module is not None and hasattr(module, "cost")]
+        modules = (self.part, self.norm, self.norm_out, self.combine, self.adapters)
+        held = [m for m in modules if m is not None and hasattr(m, "cost")]
         return cost_sum([module.cost(shape) for module in held])  # type: ignore[operator]
 
 
-class Beside(nn.Module):
-    """A small part added to a residual's own, before the norm and the sum that follow: y + part(seen), of what the
-    residual's part saw, or, ``behind`` it, y + part(y)."""
-
-    def __init__(self, part: Part, behind: bool = False) -> None:
-        super().__init__()
-        self.part, self.behind = part, behind
-
-    def forward(self, seen: Tensor, y: Tensor, ctx: Context) -> Tensor:
-        return y + self.part(y if self.behind else seen, ctx)
-
-    def cost(self, shape: Shape) -> Cost:
-        return self.part.cost(shape)
-
-
 class Bare(Item):
-    """part(x) takes the place of x."""
+    """part(x), as its ``adapters`` change it, takes the place of x."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
         self.part = part
+        self.adapters: Adapters | None = None
 
     def parts(self) -> Iterator[tuple[str, Part]]:
         if isinstance(self.part, Part):
@@ -205,13 +206,11 @@ class Bare(Item):
     def forward(self, x: Tensor, ctx: Context) -> tuple[Tensor, Context]:
         if not isinstance(self.part, Part):
             return self.part(x), ctx
-        inner = ctx.at(self.local)
-        if inner.offsets is not None and not self.part.traits.packed:
-            return repacked(self.part, x, inner), ctx
-        return self.part(x, inner), ctx
+        return adapted(self.part, self.adapters, x, ctx.at(self.local)), ctx
 
     def cost(self, shape: Shape) -> Cost:
-        return self.part.cost(shape)  # type: ignore[operator]
+        held = [self.part] if self.adapters is None else [self.part, self.adapters]
+        return cost_sum([module.cost(shape) for module in held])  # type: ignore[operator]
 
 
 class Reshape(Item):

@@ -35,7 +35,8 @@ from torch import Tensor, nn
 
 from formwright.kit.errors import Refusal, SpecError
 from formwright.models.items import Item, run, run_cost
-from formwright.parts.base import Cost, Part, Shape
+from formwright.parts.base import Cost, Shape
+from formwright.parts.beside import Adapter
 from formwright.parts.context import Context, Notes
 
 #: Bits after the point that a function's output keeps in the exact form, before it for the streams, and of a float64.
@@ -89,7 +90,7 @@ class Reversible(Item):
         readout: str = "fresh",
         exact: bool = True,
         anchors: int | None = None,
-        bare: list[Part] | None = None,
+        bare: list[Adapter] | None = None,
     ) -> None:
         super().__init__()
         self.kind, self.lam, self.beta = kind, lam, beta
@@ -132,7 +133,7 @@ class Reversible(Item):
         whole = _running(layer)
 
         def bare(x: Tensor, ctx: Context) -> Tensor:
-            return self.bare[index](x, ctx.at(f"{self.local}.{index}"))
+            return self.bare[index](x, x, ctx.at(f"{self.local}.{index}"))
 
         return (whole, bare) if self.kind == 1 else (bare, whole)
 
@@ -181,8 +182,8 @@ class Reversible(Item):
 
     def cost(self, shape: Shape) -> Cost:
         total = run_cost(self.held(), shape)[0]
-        for part in self.bare:
-            total = total + part.cost(shape)  # type: ignore[operator]
+        for adapter in self.bare:
+            total = total + adapter.cost(shape)  # type: ignore[operator]
         return total
 
 

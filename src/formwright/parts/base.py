@@ -226,6 +226,8 @@ class Part(nn.Module):
     #: Names this part reads from and writes to the context (conditions, streams, memories).
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
+    #: Whether learned keys and values may stand before its own (``ctx.ahead``).
+    prefixes: bool = False
     #: Run-time choices it understands, with their meaning.
     knobs: ClassVar[Mapping[str, str]] = EMPTY
     #: Options that the conformance suite builds it with, at width 32.

@@ -139,6 +139,8 @@ class Surgery:
     name: ClassVar[str] = ""
     version: ClassVar[int] = 1
     family: ClassVar[str] = ""
+    #: Whether it is a way of fine-tuning: what it adds, or says, is all that trains afterwards.
+    tunes: ClassVar[bool] = False
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     after: ClassVar[str] = ""
 

@@ -70,12 +70,7 @@ class Adapted:
 
 def methods() -> list[str]:
     """``full``, ``head`` and every surgery of the adapt family that trains only what it adds."""
-    found = []
-    for name in registry.names("surgery"):
-        by = surgery(name)
-        if by.family == "adapt" and by.adapts:
-            found.append(name)
-    return [*WHOLE, *found]
+    return [*WHOLE, *(name for name in registry.names("surgery") if surgery(name).tunes)]
 
 
 def objective_of(model: Any) -> str:

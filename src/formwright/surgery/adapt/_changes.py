@@ -45,6 +45,7 @@ class Adapts(Surgery):
     """
 
     family = "adapt"
+    tunes = True
     #: Options of this method with their defaults.
     own: ClassVar[Mapping[str, Any]] = {}
     #: Where it goes by default.

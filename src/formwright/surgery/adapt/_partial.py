@@ -22,6 +22,7 @@ class Tunes(Surgery):
     parameter names that stay trainable besides, such as "heads.*"."""
 
     family = "adapt"
+    tunes = True
     #: What is tuned, for sentences.
     what = "parameters"
 

@@ -26,6 +26,7 @@ class Fuse(PartlyLearnableSurgery):
     """Options: content, style: names of two partly learnable adapters. name: of the new one, default "fused". train,
     precondition: as there."""
 
+    tunes = False  # it joins what was trained
     examples = ({"content": "default", "style": "default"},)  # type: ignore[assignment]
     after = "partly-learnable"
     own = {"content": "content", "style": "style", "precondition": None}

@@ -12,21 +12,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from formwright.kit.errors import Refusal, SpecError, all_of, unknown
-from formwright.models.items import Beside, Item, Residual, describe
+from formwright.models.items import Item, Residual, describe
 from formwright.models.reversible import READOUTS, Reversible, bits, reach
+from formwright.parts.adapters.bottleneck import Bottleneck
 from formwright.parts.base import initialise
-from formwright.parts.channels.bottleneck import Bottleneck
+from formwright.parts.beside import EVERY, Adapters
 from formwright.registry import Paper, register
 from formwright.surgery.adapt._training import put_back, remember, train_only
 from formwright.surgery.base import Displaced, Plan, Promises, Surgery, apply, check_options, copy, on
 from formwright.surgery.evidence import batches, evaluating
 
 OPTIONS = ("kind", "lam", "beta", "reduction", "readout", "exact", "anchors", "skip", "dropout", "train", "seed")
+#: What its adapters are called in the sublayers that they stand beside.
+NAME = "meft"
 #: kind -> which of lam and beta scale the stale stream down; the other is 1.
 SMALL = {1: ("lam",), 2: ("beta",), 3: ("lam", "beta")}
 #: The published 0.1 as a power of two, and the smallest scale that is taken unasked.
@@ -53,6 +56,7 @@ class Meft(Surgery):
     """
 
     family = "adapt"
+    tunes = True
     examples = ({"reduction": 8}, {"kind": 2, "reduction": 8, "anchors": 1}, {"kind": 3, "reduction": 16, "skip": 1})
 
     def plan(self, model: Any, evidence: Any = None, **options: Any) -> Plan:
@@ -79,7 +83,7 @@ class Meft(Surgery):
 
     def promises(self, plan: Plan) -> Promises:
         # No promise of the function: the stale stream stays in it, in the share that lam and beta give it.
-        own = (f"{_home(plan)}.bare.*", "*.beside.*")
+        own = (f"{_home(plan)}.bare.*", f"*.adapters.{NAME}.*")
         return Promises(undo=True, trains_only=(*own, *plan.decisions["train"]))
 
     def check(self, model: Any, plan: Plan) -> None:
@@ -88,9 +92,9 @@ class Meft(Surgery):
         missing = [f"meft: {unknown('item', id, known)}" for id in listed if id not in known]
         all_of(SpecError, missing or [f"meft: {id} is listed twice" for id in set(listed) if listed.count(id) > 1])
         held = [known[id] for id in listed]
-        taken = [item.id for item in held if item.inside or getattr(item, "beside", None) is not None]
+        taken = [item.id for item in held if item.inside or NAME in (getattr(item, "adapters", None) or {})]
         if taken:
-            raise Refusal(f"meft: {', '.join(taken)} already runs inside or beside something else; undo that first")
+            raise Refusal(f"meft: {', '.join(taken)} already runs inside something else; undo that first")
 
     def reshape(self, model: Any, plan: Plan) -> Displaced:
         decided = plan.decisions
@@ -100,9 +104,10 @@ class Meft(Surgery):
         model.insert(made, first)
         made.take(layers)
         for layer in layers:
-            beside = [(layer[-1], False)] if decided["kind"] != 3 else [(layer[0], True), (layer[-1], False)]
-            for item, behind in beside:
-                item.beside = on(Beside(_adapter(decided, item), behind), item)  # type: ignore[assignment]
+            sides = [(layer[-1], "beside")] if decided["kind"] != 3 else [(layer[0], "behind"), (layer[-1], "beside")]
+            for item, side in sides:
+                item.adapters = item.adapters if item.adapters is not None else Adapters()
+                item.adapters[NAME] = on(_adapter(decided, item, side), item)
         made.train(model.training)
         train_only(model, self.promises(plan).trains_only or ())
         return {}
@@ -126,13 +131,15 @@ class Meft(Surgery):
         made, seed = model.item(_home(plan)), plan.decisions["seed"]
         initialise(made, seed, made.id)
         for item in made.held():
-            if item.beside is not None:
-                initialise(item.beside, seed, f"{item.id}.beside")
+            if NAME in (item.adapters or {}):
+                initialise(item.adapters[NAME], seed, f"{item.id}.{NAME}")
 
     def restore(self, model: Any, plan: Plan, displaced: Displaced) -> None:
         made = model.item(_home(plan))
         for item in made.held():
-            item.beside = None
+            if NAME in (item.adapters or {}):
+                del item.adapters[NAME]
+                item.adapters = item.adapters if len(item.adapters) else None
         made.release()
         model.remove(made)
         put_back(model, plan.decisions["before"])
@@ -178,12 +185,13 @@ def _name(first: str) -> str:
     return f"{first.partition('.')[0]}.reversible"
 
 
-def _adapter(decided: dict[str, Any], beside: Item) -> Bottleneck:
-    dtype = next((p.dtype for p in beside.parameters() if p.is_floating_point()), torch.get_default_dtype())
+def _adapter(decided: dict[str, Any], item: Item, side: Literal["behind", "beside"] = "beside") -> Bottleneck:
+    """An adapter of every row, for nobody may leave out a part of what is gone back over."""
+    told = {name: decided[name] for name in ("hidden", "activation", "dropout")}
+    dtype = next((p.dtype for p in item.parameters() if p.is_floating_point()), torch.get_default_dtype())
     with torch.device("meta"):
-        made = Bottleneck(
-            beside.width, hidden=decided["hidden"], activation=decided["activation"], dropout=decided["dropout"]
-        )
+        made = Bottleneck(item.width, side=side, **told)
+    made.number = EVERY
     return made.to(dtype)
 
 

@@ -19,7 +19,7 @@ from formwright.parts.linears.adapted import Adapted
 from formwright.parts.linears.dense import Dense
 from formwright.registry import Paper, register
 from formwright.surgery.adapt._training import put_back, remember
-from formwright.surgery.adapt.switch import numbers, wrapped
+from formwright.surgery.adapt.switch import beside_weights, numbers, wrapped
 from formwright.surgery.base import Displaced, Plan, Promises, Surgery, check_options, chosen_slots, core, on
 
 
@@ -37,6 +37,12 @@ class Merge(Surgery):
         adapter, known = options.get("adapter"), numbers(model)
         if adapter is not None and adapter not in known:
             raise SpecError(f"merge: {unknown('adapter', adapter, known)}")
+        apart = beside_weights(model)
+        if adapter in apart or (adapter is None and apart and apart == set(known)):
+            raise Refusal(
+                f"merge: {adapter or ', '.join(sorted(apart))!r} stands around whole sublayers or before texts, where "
+                "no weight says what it does; keep it as an adapter"
+            )
         if options.get("where") is None:
             slots = list(wrapped(model))
         else:

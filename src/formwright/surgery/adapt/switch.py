@@ -5,13 +5,15 @@ A choice is a number that the wrappers compare, so switching costs nothing and c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from formwright.kit.errors import SpecError, all_of, unknown
+from formwright.parts.adapters.prompt import Prompted
+from formwright.parts.beside import EVERY, Adapters
 from formwright.parts.linears.adapted import Adapted
 
 
@@ -20,10 +22,25 @@ def wrapped(model: Any) -> dict[str, Adapted]:
     return {address: slot for address, slot in model.slots().items() if isinstance(slot, Adapted)}
 
 
+def holders(model: Any) -> Iterator[tuple[Any, Mapping[str, Any]]]:
+    """Everything that holds adapters (linears, sublayers, the token table), with its adapters by name."""
+    for module in model.modules():
+        if isinstance(module, Adapters):
+            yield module, module._modules
+        elif isinstance(module, (Adapted, Prompted)):
+            yield module, module.adapters._modules
+
+
 def numbers(model: Any) -> dict[str, int]:
-    """Every adapter of a model and its number, oldest first."""
-    found = {name: number for slot in wrapped(model).values() for name, number in slot.numbers.items()}
+    """Every adapter of a model that can be chosen, and its number, oldest first."""
+    every = ((name, adapter.number) for _, held in holders(model) for name, adapter in held.items())
+    found = {name: number for name, number in every if number != EVERY}
     return dict(sorted(found.items(), key=lambda pair: pair[1]))
+
+
+def beside_weights(model: Any) -> set[str]:
+    """Names of adapters that stand, wholly or partly, elsewhere than beside linears, so that no weight says them."""
+    return {name for holder, held in holders(model) if not isinstance(holder, Adapted) for name in held}
 
 
 def choose(model: Any, names: Sequence[str | None]) -> Tensor:
@@ -40,6 +57,6 @@ def use(model: Any, name: str | None) -> Any:
     Adapter 0, the first, is used until then; the choice belongs to this process and is not saved.
     """
     number = int(choose(model, [name])[0])
-    for slot in wrapped(model).values():
-        slot.active = number
+    for holder, _ in holders(model):
+        holder.active = number
     return model
