@@ -1,8 +1,8 @@
 """The proof of MEFT: a pretrained model made reversible gives its inputs back, keeps nothing of depth, and learns.
 
 Liao, Tan and Monz, 2023 (2306.00477). The paper adapts BERT, RoBERTa, BART and OPT; here all-MiniLM-L6-v2 tells which
-module of Python's standard library a function is from, by the first words of its docstring. Minutes. ``quick``: a drawn model of the same shape, narrower,
-in place of MiniLM, and nothing is trained; seconds.
+module of Python's standard library a function is from, by the first words of its docstring. Minutes. ``quick``: a drawn
+model of the same shape, narrower, in place of MiniLM, and nothing is trained; seconds.
 """
 
 from __future__ import annotations
