@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import formwright as fw
 from formwright import registry
-from formwright.kit.errors import SpecError
+from formwright.kit.errors import Refusal, SpecError
 from formwright.measure.memory import Memory, measured, predict
 from formwright.models.build import build
 from formwright.objectives.base import Gen
@@ -128,6 +128,11 @@ def test_dropout_and_logits_have_categories() -> None:
     found = measured(model, ROWS, LENGTH, loss=loss)
     assert found.categories["dropout"] >= ROWS * LENGTH * WIDTH
     assert found.categories["losses"] >= 4 * ROWS * LENGTH * 40 and "head" in found.items
+    # Which tokens have a target is a question about numbers, so a row or two are run.
+    said = predict(model, ROWS, LENGTH, loss=loss)
+    assert said.how == "probe" and abs(said.saved - found.saved) <= 0.05 * found.saved
+    with pytest.raises(Refusal, match="load it first"):
+        predict(build(spec, device="meta"), ROWS, LENGTH, loss=loss)
 
 
 def test_checkpointed_items_hold_their_inputs() -> None:

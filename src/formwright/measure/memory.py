@@ -6,9 +6,9 @@ they save, and on what is computed again. So the step is *run*, on tensors that 
 tensor that autograd saves is counted, each storage once, parameters and inputs not at all. What is still held when the
 forward pass ends is told by category and by item; the peak counts all that lives at a time, in the backward pass too.
 
-Compiled kernels do not run without numbers and may save other tensors than their general form. Where one would have
-run, one row and two rows are run in earnest instead: at a given length, bytes are an amount a row and one for all.
-Cost: milliseconds a layer; no memory, or that of two rows.
+Compiled kernels do not run without numbers and may save other tensors than their general form, and shapes that depend
+on numbers are not known without them. There, one row and two rows are run in earnest instead: at a given length, bytes
+are an amount a row and one for all. Cost: milliseconds a layer; no memory, or that of two rows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from formwright.kit.errors import SpecError, unknown
+from formwright.kit.errors import Refusal, SpecError, unknown
 from formwright.models.batch import Batch
 from formwright.models.items import Bare, Join, Reshape, Residual
 from formwright.models.reversible import Reversible
@@ -104,15 +104,18 @@ def predict(model: Any, rows: int, length: int, *, loss: str | Scalar = "outputs
     """What a training step of ``model``, as it stands (what trains is what wants a gradient), will hold.
 
     loss: "outputs" (of all heads), "states" (no head) or a function (model, batch) -> scalar, such as an objective's.
-    A model laid out on the meta device is taken as one on the CPU.
+    A model laid out on the meta device is taken as one on the CPU, and its kernels as their general forms.
     """
     scalar = _scalar(loss)
     declined = native.declined
     found = _dry(model, rows, length, scalar, optimizer)
-    if native.declined == declined or model.device.type == "meta":
+    hollow = model.device.type == "meta"
+    if found is None and hollow:
+        raise Refusal("what this model saves depends on numbers, and it is laid out without any; load it first")
+    if found is not None and (hollow or native.declined == declined):
         return found
     one, two = (measured(model, count, length, loss=scalar, optimizer=optimizer) for count in (1, min(2, rows)))
-    return one if rows == 1 else _scaled(one, two, rows)
+    return _scaled(one, two, rows)
 
 
 def measured(model: Any, rows: int, length: int, *, loss: str | Scalar = "outputs", optimizer: str = "adamw") -> Memory:
@@ -128,12 +131,14 @@ def measured(model: Any, rows: int, length: int, *, loss: str | Scalar = "output
     return replace(found, peak=found.total - found.saved + saved.most)
 
 
-def _dry(model: Any, rows: int, length: int, scalar: Scalar, optimizer: str) -> Memory:
-    """Forward and backward on tensors without memory."""
+def _dry(model: Any, rows: int, length: int, scalar: Scalar, optimizer: str) -> Memory | None:
+    """Forward and backward on tensors without memory; None where a number is asked for."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException as Number
+    from torch._subclasses.fake_tensor import DynamicOutputShapeException as Shape
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     batch = _batch(model, rows, length)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with contextlib.suppress(Number, Shape), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         model = _hollow(model)
         batch = Batch(inputs={name: mode.from_tensor(value) for name, value in batch.inputs.items()}).to(model.device)
         live = Live()
@@ -146,6 +151,7 @@ def _dry(model: Any, rows: int, length: int, scalar: Scalar, optimizer: str) -> 
             if kept.requires_grad:
                 torch.autograd.grad(kept, wanted, allow_unused=True)
         return replace(found, peak=found.weights + found.optimizer + live.most)
+    return None
 
 
 def _hollow(model: Any) -> Any:

