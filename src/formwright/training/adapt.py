@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from formwright.training.loop import Trained, train
 from formwright.training.recipe import make_objective
 from formwright.training.run import rows_of
 from formwright.training.sources import source_of
-from formwright.training.start import with_head
+from formwright.training.start import objective_of, with_head
 
 #: Ways that are no surgery: everything trains, or the head alone.
 WHOLE = ("full", "head")
@@ -65,18 +65,11 @@ class Adapted:
     test: Score
     whole: bool = False
     out: Path | None = None
-    names: Mapping[str, Any] = field(default_factory=dict)
 
 
 def methods() -> list[str]:
     """``full``, ``head`` and every surgery of the adapt family that trains only what it adds."""
     return [*WHOLE, *(name for name in registry.names("surgery") if surgery(name).tunes)]
-
-
-def objective_of(model: Any) -> str:
-    """The objective that fits the model's head."""
-    kinds = {head.kind for head in model.heads.values()}
-    return "causal-lm" if "tokens" in kinds and "sequence" not in kinds else "classification"
 
 
 def attached(model: Any, task: Task, method: str, options: Mapping[str, Any], seed: int) -> Any:
@@ -92,10 +85,8 @@ def attached(model: Any, task: Task, method: str, options: Mapping[str, Any], se
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.is_floating_point() and name.startswith("heads."))
         return model
-    given = dict(options)
-    if any(name.startswith("heads.") for name, _ in model.named_parameters()) and objective_of(model) != "causal-lm":
-        given.setdefault("train", ["heads.*"])
-    return apply(model, method, **given)
+    learns = getattr(task, "labels", None) and any(name.startswith("heads.") for name, _ in model.named_parameters())
+    return apply(model, method, **{**({"train": ["heads.*"]} if learns else {}), **options})
 
 
 def _refuse_options(method: str, options: Mapping[str, Any]) -> None:
@@ -106,15 +97,15 @@ def _refuse_options(method: str, options: Mapping[str, Any]) -> None:
 def price(model: Any, task: Task, method: str, *, steps: int = 2, seed: int = 0, **options: Any) -> Price:
     """What ``method`` would cost on this model and task; the model is left as it is."""
     trial = copy(model, share=True)
+    if method not in methods():
+        raise SpecError(unknown("method", method, methods()))
     try:
         attached(trial, task, method, options, seed)
         task.bind(trial)
         batch = source_of(task, seed).draw(0)
-        memory = predict(trial, *_shape(batch), loss="states" if objective_of(trial) == "causal-lm" else "outputs")
-        seconds = _seconds(trial, batch, steps) if steps else None
+        memory = predict(trial, *_shape(batch), loss="outputs" if getattr(task, "labels", None) else "states")
+        seconds = _seconds(trial, objective_of(task), batch, steps) if steps else None
     except FormwrightError as error:
-        if method not in methods():
-            raise
         return Price(method, refused=str(error).split("\n")[0])
     total = sum(parameter.numel() for parameter in trial.parameters())
     return Price(method, memory.trainable, memory.trainable / total, memory, seconds)
@@ -135,9 +126,9 @@ def _shape(batch: Batch) -> tuple[int, int]:
     return rows, max(1, -(-total // max(1, rows)))
 
 
-def _seconds(model: Any, batch: Batch, steps: int) -> float:
+def _seconds(model: Any, objective_name: str, batch: Batch, steps: int) -> float:
     """The least seconds of ``steps`` steps after one to warm up; at a rate of zero no number changes."""
-    objective, _ = make_objective(objective_of(model))
+    objective, _ = make_objective(objective_name)
     objective.bind({"model": model})
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(wanted, lr=0.0, weight_decay=0.0)
@@ -178,38 +169,44 @@ def adapt(
 
     Raises SpecError and Refusal before any work, for a method, option or place that does not fit.
     """
-    by = None if method in WHOLE or method not in methods() else surgery(method)
-    if merge and (by is None or not by.promises(plan(model, method, **dict(options or {}))).mergeable):
-        raise Refusal(f"{method} cannot be merged into plain weights; leave merge out")
-    bare = not any(head.kind in ("sequence", "tokens") for head in model.heads.values())
-    heads = set(model.heads)
-    cost = price(model, task, method, seed=seed, **dict(options or {}))
+    given = dict(options or {})
+    cost = price(model, task, method, seed=seed, **given)
     if cost.refused:
         raise Refusal(cost.refused)
-    before = None if bare else _score(model, task, "select")
-    attached(model, task, method, options or {}, seed)
+    if merge and (method in WHOLE or not surgery(method).promises(plan(model, method, **given)).mergeable):
+        raise Refusal(f"{method} cannot be merged into plain weights; leave merge out")
+    heads = len([entry for entry in model.history if entry.name == "head"])
+    before = None if _fresh(model, task) else _score(model, task, "select")
+    attached(model, task, method, given, seed)
     task.bind(model)
     rate = RATES.get(method, RATE) if lr is None else lr
     run = None if out is None else Path(f"{out}.run")
     done = train(
-        model, task, out=run, objective=objective_of(model), resume=resume, seed=seed, lr=rate, event="adapted",
+        model, task, out=run, objective=objective_of(task), resume=resume, seed=seed, lr=rate, event="adapted",
         **settings,
     )  # fmt: skip
     if merge:
         apply(model, "merge")
     select, test = _score(model, task, "select"), _score(model, task, "test")
-    alone = not merge and method not in WHOLE and set(model.heads) == heads and bool(adapters(model))
-    path = None
-    if out is not None:
-        newest = list(adapters(model))[-1:] if alone else []
-        path = (
-            save_adapter(model, newest[0], out, overwrite=overwrite or resume)
-            if alone
-            else Path(save(model, out, overwrite=overwrite or resume) or out)
-        )
-    return Adapted(model, done, cost, before, select, test, not alone, path)
+    grown = len([entry for entry in model.history if entry.name == "head"]) > heads
+    alone = not merge and method not in WHOLE and not grown
+    if out is not None and alone:
+        save_adapter(model, list(adapters(model))[-1], out, overwrite=overwrite or resume)
+    elif out is not None:
+        save(model, out, overwrite=overwrite or resume)
+    return Adapted(model, done, cost, before, select, test, not alone, None if out is None else Path(out))
+
+
+def _fresh(model: Any, task: Task) -> bool:
+    """Whether the model would be given a new head for the task, so that there is nothing to score yet."""
+    return len(with_head(copy(model, share=True), task).history) > len(model.history)
 
 
 def _score(model: Any, task: Task, split: str) -> Score:
     task.bind(model)
     return task.score(model, split)
+
+
+def plain(price: Price) -> dict[str, Any]:
+    """A price as plain JSON."""
+    return asdict(price)
