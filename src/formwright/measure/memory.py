@@ -156,7 +156,8 @@ def _dry(model: Any, rows: int, length: int, scalar: Scalar, optimizer: str) -> 
 
 def _hollow(model: Any) -> Any:
     """A copy of the model whose tensors are made here and now: without memory, where that is the mode."""
-    memo: dict[int, Any] = {id(kept): kept for kept in (getattr(model, "tokenizer", None), *model.history)}
+    aside = (getattr(model, name, None) for name in ("tokenizer", "source"))
+    memo: dict[int, Any] = {id(kept): kept for kept in (*aside, *model.history) if kept is not None}
     for tensor in (*model.parameters(), *model.buffers()):
         device = "cpu" if tensor.is_meta else tensor.device
         made = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)

@@ -35,8 +35,6 @@ class Adapter(nn.Module):
     number: int = 0
     #: Options that the tests build it with, at width 32.
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
-    #: Whether a row's adapter reads all of that row, so that no stream can have it.
-    whole: ClassVar[bool] = False
 
     def common(self) -> nn.Module | None:
         """A new module of what this adapter shares with its like in other sublayers; None where it shares nothing."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from formwright.kit.errors import SpecError
 from formwright.parts.base import Cost, Shape
 from formwright.parts.context import Context
 
@@ -28,6 +29,8 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """(rows or documents,) gates in [0, 1]; a sequence without tokens has 0."""
+        if ctx.state is not None:
+            raise SpecError(f"{ctx.path or 'a gate'} reads whole sequences, so a model with gates cannot stream")
         opened = torch.sigmoid(F.linear(ctx.clear(x).to(self.weight.dtype), self.weight, self.bias))[..., 0]
         if ctx.offsets is None:
             valid = ctx.valid(x)

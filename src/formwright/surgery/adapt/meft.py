@@ -28,6 +28,7 @@ from formwright.surgery.base import Displaced, Plan, Promises, Surgery, apply, c
 from formwright.surgery.evidence import batches, evaluating
 
 OPTIONS = ("kind", "lam", "beta", "reduction", "readout", "exact", "anchors", "skip", "dropout", "train", "seed")
+Side = Literal["behind", "beside"]
 #: What its adapters are called in the sublayers that they stand beside.
 NAME = "meft"
 #: kind -> which of lam and beta scale the stale stream down; the other is 1.
@@ -104,7 +105,8 @@ class Meft(Surgery):
         model.insert(made, first)
         made.take(layers)
         for layer in layers:
-            sides = [(layer[-1], "beside")] if decided["kind"] != 3 else [(layer[0], "behind"), (layer[-1], "beside")]
+            sides: list[tuple[Any, Side]] = [(layer[-1], "beside")]
+            sides += [(layer[0], "behind")] if decided["kind"] == 3 else []
             for item, side in sides:
                 item.adapters = item.adapters if item.adapters is not None else Adapters()
                 item.adapters[NAME] = on(_adapter(decided, item, side), item)
@@ -185,7 +187,7 @@ def _name(first: str) -> str:
     return f"{first.partition('.')[0]}.reversible"
 
 
-def _adapter(decided: dict[str, Any], item: Item, side: Literal["behind", "beside"] = "beside") -> Bottleneck:
+def _adapter(decided: dict[str, Any], item: Item, side: Side = "beside") -> Bottleneck:
     """An adapter of every row, for nobody may leave out a part of what is gone back over."""
     told = {name: decided[name] for name in ("hidden", "activation", "dropout")}
     dtype = next((p.dtype for p in item.parameters() if p.is_floating_point()), torch.get_default_dtype())

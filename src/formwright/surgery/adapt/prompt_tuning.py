@@ -79,7 +79,8 @@ class PromptTuning(Surgery):
             raise Refusal(
                 f"{self.name}: this model reads {model.stem.field()}, and a prompt is more rows of a token table"
             )
-        changing = [item.id for item in model.walk() if isinstance(item, Reshape) and not item.reshape.traits.streams]
+        borders: list[Any] = [item for item in model.walk() if isinstance(item, Reshape)]
+        changing = [item.id for item in borders if not item.reshape.traits.streams]
         all_of(
             Refusal, [f"{self.name}: {id} changes the length, so a prompt cannot be taken off again" for id in changing]
         )
