@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import formwright as fw
-from formwright.surgery.adapt.lora import choose, use
+from formwright.surgery.adapt.switch import choose, use
 
 LENGTH = 6
 SPEC = {

@@ -31,6 +31,7 @@ _PUBLIC = {
     "measure": ("formwright.measure", "measure"),
     "slim": ("formwright.search", "slim"),
     "train": ("formwright.training", "train"),
+    "adapt": ("formwright.training.adapt", "adapt"),
     "heal": ("formwright.training", "heal"),
     "generate": ("formwright.engine", "generate"),
     "State": ("formwright.engine.state", "State"),

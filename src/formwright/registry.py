@@ -37,6 +37,8 @@ HOMES: dict[str, tuple[str, ...]] = {
     "channel": ("parts/channels",),
     "combinator": ("parts/combinators",),
     "linear": ("parts/linears",),
+    "adapter": ("parts/adapters",),
+    "change": ("surgery/adapt",),
     "norm": ("parts/norms",),
     "combine": ("parts/combines",),
     "stem": ("parts/stems",),

@@ -13,6 +13,7 @@ _PRODUCTS = {
     aten.mm.default: (0, 1),
     aten.bmm.default: (0, 1),
     aten.addmm.default: (1, 2),
+    aten.addmm_.default: (1, 2),
     aten.baddbmm.default: (1, 2),
     aten.mv.default: (0, 1),
     aten.addmv.default: (1, 2),

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 import formwright as fw
+from formwright import registry
 from formwright.hub import load_adapter, save_adapter
 from formwright.hub.adapters import adapters, base_sha256
 from formwright.kit.errors import DataError, Refusal, SpecError
 from formwright.models.model import Entry
-from formwright.surgery.adapt.lora import use
+from formwright.surgery.adapt.switch import numbers, use
+from formwright.surgery.base import surgery
 
 SPEC: dict[str, Any] = {
     "stem": {"part": "token-embedding", "vocab": 30, "width": 16},
@@ -59,6 +61,35 @@ def test_an_adapter_is_small_and_gives_the_same_answers(tmp_path: Path, int8: bo
     fw.save(base, tmp_path / "base")  # saving the base again keeps what stands beside it
     load_adapter(fw.load(tmp_path / "base"), place)
     save_adapter(model, "mine", place)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("method", [*registry.names("change"), "bitfit", "layernorm-tuning"])
+def test_every_method_is_saved_alone(tmp_path: Path, method: str, int8: bool) -> None:
+    """Fixed tensors of an adapter included; the number of tensors is that of the adapter."""
+
+    def base() -> Any:
+        made = fw.build({**SPEC, "defaults": {"norm": "layernorm"}})
+        return fw.apply(made, "llm-int8", outliers="none") if int8 else made
+
+    options = {key: value for key, value in surgery(method).examples[0].items() if key != "name"}
+    model = fw.apply(base(), method, **options)
+    name = next(iter(adapters(model)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    before = answer(model)
+    save_adapter(model, name, tmp_path / "a")
+    again = load_adapter(fw.apply(base(), "lora", rank=1, name="elsewhere"), tmp_path / "a")
+    if name in numbers(again):
+        use(again, name)
+    else:
+        use(again, None)
+    assert torch.equal(answer(again), before) and not torch.equal(before, answer(base()))
+    if surgery(method).promises(adapters(again)[name]).undo:
+        fw.undo(again)
+        assert torch.equal(answer(use(again, None)), answer(base()))
 
 
 def test_adapters_of_one_model_load_in_any_order(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 
 import formwright as fw
 from formwright.hub import load_adapter, native
-from formwright.surgery.adapt.lora import use
+from formwright.surgery.adapt.switch import use
 from formwright.surgery.base import words
 
 OLD = Path(__file__).parent / "old"

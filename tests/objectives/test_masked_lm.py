@@ -60,8 +60,8 @@ def test_the_loss_by_hand_is_over_hidden_tokens_only():
 
 def test_the_head_is_asked_about_hidden_tokens_only(monkeypatch):
     model, asked = encoder(), []
-    head, forward = model.head(), model.head().forward
-    monkeypatch.setattr(head, "forward", lambda x, ctx: asked.append(x.shape[-2]) or forward(x, ctx))
+    head, product = model.head(), model.head().product
+    monkeypatch.setattr(head, "product", lambda x, ctx: asked.append(x.shape[-2]) or product(x, ctx))
     MaskedLM(mask=1).loss({"model": model}, text_batch(), Gen(0))
     assert asked == [3 + 1 + 1]
 

@@ -16,7 +16,9 @@ from formwright import registry
 from formwright.kit.errors import FormwrightError, Refusal, SpecError
 from formwright.models.build import build
 from formwright.models.model import Entry
+from formwright.parts.linears.dense import Dense
 from formwright.surgery import Plan, replay, surgery, words
+from formwright.surgery.adapt.switch import use
 from formwright.surgery.samples import MODELS, equal, outputs, reloaded, said, state, tokens
 
 
@@ -67,6 +69,11 @@ def decide(case: Case) -> Plan | FormwrightError:
 
 def flags(model: Any) -> dict[str, bool]:
     return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+def answering(model: Any, plan: Plan) -> Any:
+    """The model with the adapter that the plan added in use, where it did not have one before."""
+    return use(model, plan.decisions["name"]) if "number" in plan.decisions else model
 
 
 def shake(model: Any, seed: int = 0) -> None:
@@ -164,6 +171,7 @@ def test_promised_function_and_undo(case: Case) -> None:
 @each
 def test_only_what_is_promised_trains(case: Case) -> None:
     model, plan = case.applied()
+    answering(model, plan)
     only = surgery(case.name).promises(plan).trains_only
     allowed = [n for n, on in flags(model).items() if on]
     if only is not None:
@@ -187,11 +195,12 @@ def test_merges_into_plain_weights(case: Case) -> None:
     model, plan = case.applied()
     if not surgery(case.name).promises(plan).mergeable:
         return
-    shake(model)
+    shake(answering(model, plan))
     before = said(model)
-    fw.apply(model, "merge", where=list(plan.decisions.get("slots", plan.decisions.get("ranks"))))
+    slots = list(plan.decisions.get("slots", plan.decisions.get("ranks")))
+    fw.apply(model, "merge", where=slots, **({"adapter": plan.decisions["name"]} if "number" in plan.decisions else {}))
     assert change(before, said(model)) <= 1e-5
-    assert not any("lora" in kind or "low-rank" in kind for line in model.layout() for kind in line["slots"].values())
+    assert all(type(model.slot(address)) is Dense for address in slots)
 
 
 @each

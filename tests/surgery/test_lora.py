@@ -14,8 +14,8 @@ from formwright import registry, surgery
 from formwright.kit.errors import FormwrightError, Refusal, SpecError
 from formwright.models.build import build
 from formwright.models.text import packed
-from formwright.parts.linears.lora import LoRA
-from formwright.surgery.adapt.lora import choose, numbers, use
+from formwright.parts.linears.adapted import Adapted
+from formwright.surgery.adapt.switch import choose, numbers, use
 from formwright.surgery.samples import MODELS, classifier, decoder, encoder, equal, outputs, said, state, tokens
 
 
@@ -96,7 +96,7 @@ def test_each_row_depends_on_its_own_adapter_alone() -> None:
     before = run(model, tokens(), adapters=choose(model, ["one", "two", None, "one"]))
     with torch.no_grad():
         for slot in model.slots().values():
-            if isinstance(slot, LoRA) and "two" in slot.adapters:
+            if isinstance(slot, Adapted) and "two" in slot.adapters:
                 slot.adapters["two"].B.mul_(3.0)
     after = run(model, tokens(), adapters=choose(model, ["one", "two", None, "one"]))
     assert torch.equal(before[[0, 2, 3]], after[[0, 2, 3]]) and not torch.equal(before[1], after[1])
@@ -106,7 +106,7 @@ def test_merge_keeps_the_function_and_undo_brings_the_adapter_back() -> None:
     model = shake(fw.apply(encoder(), "lora", rank=4, where=["q", "k", "v", "o", "up", "down"]))
     before, values = said(model)["out"], state(model)
     fw.apply(model, "merge", keep_undo=True)
-    assert not any(isinstance(slot, LoRA) for slot in model.slots().values())
+    assert not any(isinstance(slot, Adapted) for slot in model.slots().values())
     assert float((said(model)["out"] - before).abs().max()) <= 1e-5
     assert all(parameter.requires_grad for parameter in model.parameters())
     fw.undo(model)
@@ -172,7 +172,7 @@ def test_names() -> None:
         ({"rank": -1}, "at least 1"),
         ({"rank": 33}, "at most 32"),
         ({"rank": 2.0}, "whole number"),
-        ({"rank": 2, "alpha": 0}, "positive"),
+        ({"rank": 2, "alpha": 0}, "above 0"),
         ({"rank": 2, "dropout": 1.0}, "below 1"),
         ({"rank": 2, "where": "z"}, "matches no slot"),
         ({"rank": 2, "name": "a.b"}, "adapter name"),
@@ -202,7 +202,7 @@ def test_peft_says_the_same(rslora: bool, tmp_path: Any) -> None:
     settings = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["query", "value"], use_rslora=rslora)
     theirs = peft.get_peft_model(theirs, settings).eval()
     fw.apply(ours, "lora", rank=4, alpha=16, rslora=rslora)
-    mine = {address: slot for address, slot in ours.slots().items() if isinstance(slot, LoRA)}
+    mine = {address: slot for address, slot in ours.slots().items() if isinstance(slot, Adapted)}
     held = [module for module in theirs.modules() if isinstance(module, peft.tuners.lora.Linear)]
     assert len(held) == len(mine) == 4
     with torch.no_grad():

@@ -34,6 +34,10 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a tabl
 Out = Annotated[Path | None, typer.Option("--out", help="where to write")]
 Strict = Annotated[bool, typer.Option("--strict", help="refuse bad rows and uncertain results instead of saying so")]
 Yes = Annotated[bool, typer.Option("--yes", help="go on where the data cannot certify what was asked for")]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", help="a directory with an adapter of the model, ours or peft's; may be repeated"),
+]
 Plugin = Annotated[
     Path | None, typer.Option("--plugin", help="a file of yours that registers names used inside a checkpoint")
 ]
@@ -53,12 +57,21 @@ def set_threads(threads: int | None) -> None:
     torch.set_num_threads(threads)
 
 
-def load(name: str, plugin: Path | None = None) -> Any:
-    """The model of that name, with warnings printed as plain lines."""
+def load(name: str, plugin: Path | None = None, adapters: list[str] | None = None) -> Any:
+    """The model of that name, with warnings printed as plain lines; the last of ``adapters`` is the one in use."""
     warnings.showwarning = lambda message, *rest, **more: say(f"note: {message}")  # type: ignore[assignment]
     from formwright.hub import load as load_model
 
-    return load_model(name, plugin=None if plugin is None else str(plugin))
+    model = load_model(name, plugin=None if plugin is None else str(plugin))
+    for directory in adapters or ():
+        from formwright.hub import load_adapter
+        from formwright.surgery.adapt.switch import numbers, use
+
+        before = numbers(model)
+        load_adapter(model, directory)
+        for added in [one for one in numbers(model) if one not in before]:
+            use(model, added)
+    return model
 
 
 def make_task(name: str | None, **options: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from formwright.cli.common import Model, Plugin, Text, Threads, emit, load, read_texts, say, set_threads
+from formwright.cli.common import Adapters, Model, Plugin, Text, Threads, emit, load, read_texts, say, set_threads
 from formwright.kit.errors import SpecError
 from formwright.registry import register
 
@@ -23,6 +23,7 @@ def encode(
     out: Annotated[Path | None, typer.Option("--out", help="a .npy file; without it JSON is printed")] = None,
     batch: Annotated[int, typer.Option("--batch", help="texts at once")] = 32,
     threads: Threads = None,
+    adapter: Adapters = None,
     plugin: Plugin = None,
 ) -> None:
     """Texts to vectors: float32, normalised as the model says."""
@@ -32,7 +33,7 @@ def encode(
     rows = read_texts(data, text, texts)
     if out is not None and out.suffix != ".npy":
         raise SpecError(f"--out {out}: vectors are written as .npy")
-    vectors = load(model, plugin).encode(rows, batch_size=batch)
+    vectors = load(model, plugin, adapter).encode(rows, batch_size=batch)
     if out is None:
         emit([{"text": row, "vector": [round(float(v), 7) for v in vector]} for row, vector in zip(rows, vectors)])
         return

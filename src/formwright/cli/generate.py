@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from formwright.cli.common import Json, Model, Plugin, Seed, Threads, emit, load, set_threads
+from formwright.cli.common import Adapters, Json, Model, Plugin, Seed, Threads, emit, load, set_threads
 from formwright.registry import register
 
 
@@ -23,12 +23,13 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option("--stop", help="end at this text (may be given again)")] = None,
     seed: Seed = 0,
     threads: Threads = None,
+    adapter: Adapters = None,
     plugin: Plugin = None,
     json: Json = False,
 ) -> None:
     """Continue texts with a causal model, through its streaming state."""
     set_threads(threads)
-    loaded = load(model, plugin)
+    loaded = load(model, plugin, adapter)
     from formwright.engine import generate as run
 
     found = run(

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from formwright.cli.common import (
+    Adapters,
     Data,
     Document,
     Json,
@@ -48,6 +49,7 @@ def measure(
     seed: Seed = 0,
     threads: Threads = None,
     strict: Strict = False,
+    adapter: Adapters = None,
     plugin: Plugin = None,
     json: Json = False,
 ) -> None:
@@ -55,7 +57,7 @@ def measure(
     set_threads(threads)
     columns = {"text": text, "label": label, "pair": pair, "query": query, "document": document}
     made = make_task(task, data=data, **columns, metric=metric, strict=strict)
-    loaded = load(model, plugin)
+    loaded = load(model, plugin, adapter)
     if made is not None:
         made.bind(loaded)
         for line in made.describe():

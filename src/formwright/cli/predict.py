@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from formwright.cli.common import Model, Out, Pair, Plugin, Text, Threads, load, only_column, say, set_threads
+from formwright.cli.common import Adapters, Model, Out, Pair, Plugin, Text, Threads, load, only_column, say, set_threads
 from formwright.kit.errors import SpecError
 from formwright.registry import register
 
@@ -27,6 +27,7 @@ def predict(
     out: Out = None,
     batch: Annotated[int, typer.Option("--batch", help="rows at once")] = 32,
     threads: Threads = None,
+    adapter: Adapters = None,
     plugin: Plugin = None,
 ) -> None:
     """Add the columns label and probability to a table."""
@@ -46,7 +47,9 @@ def predict(
     if suffix not in WRITTEN:
         raise SpecError(f"--out {out}: a table ends in .csv, .tsv or .jsonl")
     texts = [row[column] for row in table.rows]
-    found = load(model, plugin).predict(texts, [row[other] for row in table.rows] if other else None, batch_size=batch)
+    found = load(model, plugin, adapter).predict(
+        texts, [row[other] for row in table.rows] if other else None, batch_size=batch
+    )
     rows = [{**row, "label": p["label"], "probability": f"{p['probability']:.4f}"} for row, p in zip(table.rows, found)]
     buffer = io.StringIO()
     if suffix == ".jsonl":

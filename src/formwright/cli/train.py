@@ -74,7 +74,7 @@ def train(
     from formwright.hub import save
     from formwright.training import train as run
     from formwright.training.place import here
-    from formwright.training.start import fresh, with_head
+    from formwright.training.start import fresh, objective_of, with_head
 
     main, place = here(shard).main, _device(device)
     made = make_task(task, data=data, text=text, label=label, metric=metric)
@@ -87,7 +87,6 @@ def train(
     made.bind(loaded)
     for line in made.describe() if main else ():
         say(f"  {line}")
-    usual = "causal-lm" if any(head.kind == "tokens" for head in loaded.heads.values()) else "classification"
     done = run(
         loaded.to(place),
         made,
@@ -97,7 +96,7 @@ def train(
         patience=patience,
         shard=shard,
         tensorboard=tensorboard,
-        **{"objective": usual, **plan},
+        **{"objective": objective_of(made), **plan},
     )
     loaded.to("cpu")
     if main:

@@ -121,9 +121,10 @@ def step(model: Any, batch: Batch, state: State) -> Tensor:
             lengths={key: value for key, value in batch.lengths.items() if key == "tokens"},
         )
     tokens, lengths = batch.inputs["tokens"], batch.lengths.get("tokens")
-    x, ctx = owner.embed(batch, state=state, memory=memory)
-    x, ctx = owner.run(x, ctx)
-    state.advance(lengths, tokens.shape[1])
+    x, entered = owner.embed(batch, state=state, memory=memory)
+    fed = x.shape[1]  # more than the tokens where a prompt goes before them
+    x, ctx = owner.run(x, entered)
+    state.advance(entered.lengths, fed)
     _keep(memory, state)
     last = (tokens.shape[1] - 1) if lengths is None else (lengths - 1).clamp(min=0)
     x = x[:, last] if isinstance(last, int) else x[torch.arange(len(x), device=x.device), last]

@@ -16,15 +16,18 @@ from torch import Tensor, nn
 
 from formwright.kit.errors import SpecError
 from formwright.parts.base import Cost, Part, Shape, Step, Tail, cost_sum, hooked
+from formwright.parts.beside import Adapters
 from formwright.parts.context import Context
 
 Order = Literal["pre", "post", "sandwich"]
 
 
 class Item(nn.Module):
-    """``id`` is permanent and unique in a model; ``local`` is its path inside the list that holds it."""
+    """``id`` is permanent and unique in a model; ``local`` is its path inside the list that holds it. ``inside``: the
+    id of the item of the same list that runs this one in its own way; the list then leaves it to that item."""
 
     id: str = ""
+    inside: str = ""
     local: str = ""
     block: int = 0
     width: int = 0
@@ -40,6 +43,10 @@ class Item(nn.Module):
     def held(self) -> Iterator[Item]:
         """Items inside this one."""
         return iter(())
+
+    def paths_inside(self, path: str) -> Iterator[str]:
+        """Where this item, at ``path``, runs what it holds: beginnings of paths, with their point, once a round."""
+        yield f"{path}."
 
     def parts(self) -> Iterator[tuple[str, Part]]:
         """(path below the item's own, part) of what it runs directly."""
@@ -82,8 +89,21 @@ def repacked(part: nn.Module, x: Tensor, ctx: Context) -> Tensor:
     return part(rows, inner)[inner.valid(rows)][None]
 
 
+def adapted(part: Part, adapters: Adapters | None, x: Tensor, ctx: Context) -> Tensor:
+    """What ``part`` makes of x, as its adapters change it."""
+    if adapters is not None:
+        ctx = adapters.enter(x, ctx)
+    # In the packed layout a recurrence begins anew inside its kernel, where no learned state can stand.
+    alone = not part.traits.packed or (bool(ctx.start) and not part.prefixes)
+    y = repacked(part, x, ctx) if ctx.offsets is not None and alone else part(x, ctx)
+    return y if adapters is None else adapters.leave(x, y, ctx)
+
+
 class Residual(Item):
-    """x + part(norm(x)), norm(x + part(x)), or x + norm_out(part(norm(x))), joined by ``combine``."""
+    """x + part(norm(x)), norm(x + part(x)), or x + norm_out(part(norm(x))), joined by ``combine``.
+
+    ``adapters`` stand around the part, where there are any: what they change is changed before anything is joined.
+    """
 
     def __init__(
         self, part: Part | None, order: Order, norm: nn.Module | None, norm_out: nn.Module | None, combine: nn.Module
@@ -94,6 +114,7 @@ class Residual(Item):
         self.norm = norm
         self.norm_out = norm_out
         self.combine = combine
+        self.adapters: Adapters | None = None
 
     @property
     def dropped(self) -> bool:
@@ -104,7 +125,9 @@ class Residual(Item):
         if self.part is None:
             raise SpecError(f"{self.id} is already dropped")
         removed: dict[str, nn.Module | None] = {"part": self.part, "combine": self.combine, "norm_out": self.norm_out}
-        self.part, self.norm_out = None, None
+        if self.adapters is not None:
+            removed["adapters"] = self.adapters
+        self.part, self.norm_out, self.adapters = None, None, None
         self.combine = nn.Identity()
         if self.order != "post":
             removed["norm"] = self.norm
@@ -125,9 +148,11 @@ class Residual(Item):
         post = self.order == "post"
         if part is None:
             return (x if norm is None else norm(x)), ctx
-        inner = ctx.at(self.local)
+        inner, beside = ctx.at(self.local), self.adapters
+        if beside is not None and not beside.awake(inner):
+            beside = None
         plain = getattr(combine, "plain", False)
-        direct = plain and norm_out is None and not inner.wants("output")
+        direct = plain and norm_out is None and beside is None and not inner.wants("output")
         direct = direct and (inner.offsets is None or part.traits.packed) and not hooked(part)
         if direct:
             step = part.step(inner, norm, not post)
@@ -138,10 +163,7 @@ class Residual(Item):
             return part(seen, inner, tail), ctx
         if not plain and hasattr(combine, "before"):
             seen = combine.before(seen, inner)  # type: ignore[operator]
-        if inner.offsets is not None and not part.traits.packed:
-            y = repacked(part, seen, inner)
-        else:
-            y = part(seen, inner)
+        y = adapted(part, beside, seen, inner)
         inner.note("output", y)
         if norm_out is not None:
             y = norm_out(y)
@@ -155,22 +177,27 @@ class Residual(Item):
         part, norm, combine = held.get("part"), held.get("norm"), held.get("combine")
         if part is None or held.get("norm_out") is not None or ctx.notes is not None:
             return None
+        beside: Any = held.get("adapters")
+        if beside is not None and beside.awake(ctx):
+            return None
         if not getattr(combine, "plain", False) or hooked(self) or hooked(part):
             return None
         inner = ctx if ctx.state is None else ctx.at(self.local)  # what a stream remembers is kept by its path
         return part.step(inner, norm, self.order != "post")  # type: ignore[operator]
 
     def cost(self, shape: Shape) -> Cost:
-        held = [m for m in (self.part, self.norm, self.norm_out, self.combine) if m is not None and hasattr(m, "cost")]
+        modules = (self.part, self.norm, self.norm_out, self.combine, self.adapters)
+        held = [m for m in modules if m is not None and hasattr(m, "cost")]
         return cost_sum([module.cost(shape) for module in held])  # type: ignore[operator]
 
 
 class Bare(Item):
-    """part(x) takes the place of x."""
+    """part(x), as its ``adapters`` change it, takes the place of x."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
         self.part = part
+        self.adapters: Adapters | None = None
 
     def parts(self) -> Iterator[tuple[str, Part]]:
         if isinstance(self.part, Part):
@@ -179,13 +206,11 @@ class Bare(Item):
     def forward(self, x: Tensor, ctx: Context) -> tuple[Tensor, Context]:
         if not isinstance(self.part, Part):
             return self.part(x), ctx
-        inner = ctx.at(self.local)
-        if inner.offsets is not None and not self.part.traits.packed:
-            return repacked(self.part, x, inner), ctx
-        return self.part(x, inner), ctx
+        return adapted(self.part, self.adapters, x, ctx.at(self.local)), ctx
 
     def cost(self, shape: Shape) -> Cost:
-        return self.part.cost(shape)  # type: ignore[operator]
+        held = [self.part] if self.adapters is None else [self.part, self.adapters]
+        return cost_sum([module.cost(shape) for module in held])  # type: ignore[operator]
 
 
 class Reshape(Item):
@@ -218,11 +243,27 @@ class ItemList(nn.Module):
         assert holder is not None
         holder.add_module(name, item)
 
+    def insert(self, item: Item, before: Item) -> None:
+        """Hold ``item`` in the block of ``before`` and in its place."""
+        block: Any = self._modules[before.local.partition(".")[0]]
+        order = list(block._modules.items())
+        block._modules.clear()
+        for name, held in order:
+            if held is before:
+                block.add_module(item.local.partition(".")[2], item)
+            block.add_module(name, held)
+
+    def remove(self, item: Item) -> None:
+        """Hold ``item`` no longer."""
+        block, _, name = item.local.partition(".")
+        delattr(self._modules[block], name)
+
     def items(self) -> Iterator[Item]:
         """The items of this list in order, not those inside them."""
         for block in self._modules.values():
             if isinstance(block, Block):
-                yield from block._modules.values()  # type: ignore[misc]
+                held: Any = block._modules.values()
+                yield from (item for item in held if not item.inside)
 
 
 class Block(nn.Module):
@@ -242,6 +283,9 @@ class Loop(Item, ItemList):
 
     def held(self) -> Iterator[Item]:
         return self.items()
+
+    def paths_inside(self, path: str) -> Iterator[str]:
+        yield from (f"{path}@{index}." for index in range(self.times))
 
     def forward(self, x: Tensor, ctx: Context) -> tuple[Tensor, Context]:
         rounds = ctx.knobs.get("loops", self.times)

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from formwright.kit.errors import DataError, FormwrightError, Refusal, SpecError, unknown
+from formwright.models import prompts
 from formwright.models.batch import EMPTY, Batch
 from formwright.models.build import Builder
 from formwright.models.items import Item, ItemList, Reshape, Residual, describe, run_cost, walk
 from formwright.models.recompute import run_spans
 from formwright.models.text import TextFace
+from formwright.parts.adapters.prompt import Prompted
 from formwright.parts.base import (
     Cost,
     LinearLike,
@@ -81,6 +83,8 @@ class Model(TextFace, ItemList):
             self.heads = nn.ModuleDict({} if only is None else {"out": only})
         else:
             self.heads = self._named(builder, "head", "head", spec.head, width)
+        #: What an adapter's modules in several sublayers share, by the adapter's name.
+        self.adapters = nn.ModuleDict()
         self.width = width
         if not builder.problems:
             self._try(builder, "head", self._tie_checked)
@@ -198,11 +202,8 @@ class Model(TextFace, ItemList):
                 for below, part in item.parts():
                     for name, slot in part.slots().items():
                         found[f"{path}{below}.{name}"] = slot
-                if isinstance(item, ItemList):
-                    for index in range(item.times):  # type: ignore[attr-defined, arg-type]
-                        visit(item.held(), f"{path}@{index}.")
-                else:
-                    visit(item.held(), f"{path}.")
+                for inner in item.paths_inside(path):
+                    visit(item.held(), inner)
 
         visit(self.items(), "")
         return found
@@ -228,7 +229,14 @@ class Model(TextFace, ItemList):
         """The longest sequence that its tables of positions take, the stem's and those of parts; None for any."""
         held = [part.traits.length for _, part in self.parts()]
         known = [length for length in (self.stem.limit, *held) if length is not None and length != "any"]
-        return min(known) if known else None
+        prompted = self.prompted
+        return min(known) - (0 if prompted is None else prompted.longest) if known else None
+
+    @property
+    def prompted(self) -> Prompted | None:
+        """The stem's token table where prompts stand before its rows."""
+        table = getattr(self.stem, "tokens", None)
+        return table if isinstance(table, Prompted) else None
 
     def _traits(self) -> Iterator[Traits]:
         for item in self.walk():
@@ -268,12 +276,14 @@ class Model(TextFace, ItemList):
         if given["offsets"] is not None:
             given["lengths"] = None
             given.setdefault("borders", tuple(given["offsets"].tolist()))
-        ctx = Context(**given)
-        if ctx.positions is None and field in batch.inputs and batch.inputs[field].dim() >= 2:
-            steps = batch.inputs[field]
+        ctx, inputs = Context(**given), dict(batch.inputs)
+        if field in inputs and (prompted := self.prompted) is not None:
+            inputs, ctx = prompts.lead(prompted, inputs, ctx)
+        if ctx.positions is None and field in inputs and inputs[field].dim() >= 2:
+            steps = inputs[field]
             if ctx.state is not None or ctx.offsets is not None:
                 ctx = ctx.replace(positions=ctx.place(steps))
-        x, ctx = self.stem(dict(batch.inputs), ctx)
+        x, ctx = self.stem(inputs, ctx)
         if ctx.positions is None and self._rotary():
             ctx = ctx.replace(positions=ctx.place(x))  # made once, shared by all layers
         for name, conditioner in self.conditioners.items():
@@ -312,12 +322,16 @@ class Model(TextFace, ItemList):
                 if id is not None and id not in places:
                     inside = any(item.id == id for item in self.walk())
                     raise (
-                        Refusal(f"{id} lies inside a loop or shared list; a pass can be cut at {', '.join(places)}")
+                        Refusal(
+                            f"{id} lies inside a loop, a shared list or a reversible run; "
+                            f"a pass can be cut at {', '.join(places)}"
+                        )
                         if inside
                         else SpecError(unknown("item", id, places))
                     )
             items = items[places.get(start, 0) if start else 0 : places[stop] if stop else len(items)]
-        return run_spans(items, x, ctx, self.recompute)
+        x, ctx = run_spans(items, x, ctx, self.recompute)
+        return (x, ctx) if stop is not None else prompts.follow(x, ctx)
 
     def read(self, x: Tensor, ctx: Context, head: str | None = None) -> Any:
         """The final norm and a head: its tensor, or a dict of all when there are several and none is named."""
@@ -333,12 +347,12 @@ class Model(TextFace, ItemList):
 
     def forward(self, batch: Batch | Tensor, *, head: str | None = None, **context: Any) -> Any:
         """embed, run, read. With ``state=`` the stream moves on by this call's tokens."""
-        x, ctx = self.embed(batch, **context)
+        x, entered = self.embed(batch, **context)
         fed = x.shape[1]
-        x, ctx = self.run(x, ctx)
+        x, ctx = self.run(x, entered)
         out = self.read(x, ctx, head)
         if ctx.state is not None and not ctx.recompute:
-            ctx.state.advance(ctx.lengths, fed)  # type: ignore[attr-defined]
+            ctx.state.advance(entered.lengths, fed)  # type: ignore[attr-defined]
         return out
 
     def head(self, name: str | None = None) -> Head:
@@ -353,7 +367,8 @@ class Model(TextFace, ItemList):
 
     def cost(self, shape: Shape) -> Cost:
         """Parameters, multiply-accumulates and state bytes of a call of ``shape``, in closed form."""
-        total = self.stem.cost(shape) + cost_sum([made.cost(shape) for made in self.conditioners.values()])  # type: ignore[operator]
+        held = (*self.conditioners.values(), *self.adapters.values())
+        total = self.stem.cost(shape) + cost_sum([made.cost(shape) for made in held])  # type: ignore[operator]
         layers, shape = run_cost(self.items(), self.stem.shape_after(shape))
         total = total + layers
         for holder in self.shared.values():

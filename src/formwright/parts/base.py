@@ -122,7 +122,7 @@ class Step(Protocol):
 class LinearLike(nn.Module):
     """What a slot holds: a map of the last axis, (..., in_features) -> (..., out_features), named by its role.
 
-    Dense, int8, low-rank, LoRA-wrapped and all later kinds are these. Surgeries address slots and never a concrete
+    Dense, int8, low-rank, adapted ones and all later kinds are these. Surgeries address slots and never a concrete
     class; wrappers keep what they wrap as ``base``.
     """
 
@@ -226,6 +226,8 @@ class Part(nn.Module):
     #: Names this part reads from and writes to the context (conditions, streams, memories).
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
+    #: Whether learned keys and values may stand before its own (``ctx.ahead``).
+    prefixes: bool = False
     #: Run-time choices it understands, with their meaning.
     knobs: ClassVar[Mapping[str, str]] = EMPTY
     #: Options that the conformance suite builds it with, at width 32.
@@ -298,7 +300,7 @@ def linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, LinearLi
 
 def kind_of(slot: nn.Module) -> str:
     """What a slot holds, wrappers from the outside in: ``dense``, ``lora(int8)``."""
-    name = getattr(type(slot), "registered", ("", type(slot).__name__.lower()))[1]
+    name = getattr(slot, "kind", "") or getattr(type(slot), "registered", ("", type(slot).__name__.lower()))[1]
     base = getattr(slot, "base", None)
     return f"{name}({kind_of(base)})" if isinstance(base, LinearLike) else name
 

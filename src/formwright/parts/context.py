@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from formwright.kit.errors import SpecError
+from formwright.ops.attention import Ahead
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,6 +90,15 @@ class Memory:
     lengths: Tensor | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Led:
+    """Prompts put before the rows (documents, when packed) of a call: how many tokens each got, ``counts`` (B,), and
+    the context's fields as they were before."""
+
+    counts: Tensor
+    fields: Mapping[str, Any]
+
+
 @dataclass
 class Notes:
     """What to record and what was: ``want`` holds (path, name) pairs, ``got`` their tensors, ``losses`` more losses."""
@@ -122,8 +132,10 @@ class Context:
     lengths (B,): valid tokens of each row in this call, 0 allowed; None means all. offsets (S+1,): packed layout,
     where x is (1, T, W). positions (B, L): absolute, set by the stem. origin (B, L): index in the stem's output, so
     that outputs of pruned tokens can be put back. grid: shape of a picture or volume whose tokens follow ``prefix``
-    special ones; coords (B, L, n): real coordinates. adapters (B,): the adapter of each row, -1 for none. knobs:
-    run-time choices declared by parts. progress: 0 to 1 through training.
+    special ones; coords (B, L, n): real coordinates. adapters (B,): the adapter of each row, -1 for none. start: what a
+    part has learned to stand before the first token, as path.name -> (B or 1, ...): a state, or keys and values. led:
+    the prompts put before the rows of this call. knobs: run-time choices declared by parts. progress: 0 to 1 through
+    training.
     """
 
     lengths: Tensor | None = None
@@ -139,6 +151,8 @@ class Context:
     condition: Mapping[str, Tensor] = field(default_factory=lambda: EMPTY)
     streams: Mapping[str, Tensor] = field(default_factory=lambda: EMPTY)
     adapters: Tensor | None = None
+    start: Mapping[str, Tensor] = field(default_factory=lambda: EMPTY)
+    led: Led | None = None
     knobs: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
     state: StateLike | None = None
     notes: Notes | None = None
@@ -196,11 +210,30 @@ class Context:
         return steps.expand(x.shape[0], -1)
 
     def slot(self, name: str, empty: Tensor | Callable[[], Tensor]) -> Tensor:
-        """This part's own remembered tensor, or ``empty`` at the start of a stream."""
-        found = None if self.state is None else self.state.get(f"{self.path}.{name}")
+        """This part's own remembered tensor, or ``empty`` where there is none."""
+        found = self.remembered(name)
         if found is not None:
             return found
         return empty if isinstance(empty, Tensor) else empty()
+
+    def remembered(self, name: str) -> Tensor | None:
+        """What the stream keeps under this part's ``name``; before its first token what the part learned to begin with,
+        or None."""
+        key = f"{self.path}.{name}"
+        found = None if self.state is None else self.state.get(key)
+        return self.start.get(key) if found is None and self.start else found
+
+    @property
+    def begins(self) -> bool:
+        """Whether anything but nothing may stand before this call's first token, so that a part must ask its slots."""
+        return self.state is not None or bool(self.start)
+
+    def ahead(self) -> Ahead | None:
+        """Learned keys and values that stand before this part's own, where there are any."""
+        k = self.start.get(f"{self.path}.k") if self.start else None
+        if k is None:
+            return None
+        return Ahead(k, self.start[f"{self.path}.v"], self.start.get(f"{self.path}.seen"))
 
     def keep(self, name: str, value: Tensor) -> None:
         """Remember ``value`` under this part's name. Values are replaced, never written in place."""
@@ -258,6 +291,7 @@ class Context:
         found: list[Tensor | None] = [memory.x for memory in self.memory.values()]
         found += list(self.condition.values())
         found += list(self.streams.values())
+        found += list(self.start.values())
         if self.state is not None:
             found += list(self.state.leaves().values())
         return found
@@ -271,13 +305,21 @@ class Context:
         memory = {name: replace(kept, x=next(rest)) for name, kept in self.memory.items()}  # type: ignore[arg-type]
         condition = {name: next(rest) for name in self.condition}
         streams = {name: next(rest) for name in self.streams}
+        start = {name: next(rest) for name in self.start}
         state = self.state.fork() if self.state is not None and self.recompute else self.state
         if state is not None:
             for name in list(state.leaves()):
                 value = next(rest)
                 if value is not None:
                     state.put(name, value)
-        return replace(self, memory=memory, condition=condition, streams=streams, state=state)  # type: ignore[arg-type]
+        return replace(
+            self,
+            memory=memory,
+            condition=condition,  # type: ignore[arg-type]
+            streams=streams,  # type: ignore[arg-type]
+            start=start,  # type: ignore[arg-type]
+            state=state,
+        )
 
 
 def keyed_generator(seed: int, key: str) -> torch.Generator:

@@ -71,8 +71,7 @@ class Cell(nn.Module):
         return self.fire(self.hidden(torch.cat((self.read(memory, ctx), x), -1), ctx), ctx)
 
     def _remember(self, u: Tensor, lengths: Tensor | None, ctx: Context) -> Tensor:
-        start = None if ctx.state is None else ctx.state.get(f"{ctx.path}.memory")
-        memory, last = legendre_memory(u, self.order, self.theta, start, lengths)
+        memory, last = legendre_memory(u, self.order, self.theta, ctx.remembered("memory"), lengths)
         ctx.keep("memory", last)
         return memory
 

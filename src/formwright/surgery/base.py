@@ -8,6 +8,7 @@ displaced. ``apply`` is both, in place; the plan becomes a line of ``model.histo
 from __future__ import annotations
 
 import copy as copying
+import fnmatch
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -107,6 +108,26 @@ class Phase:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+class Companion:
+    """What a surgery does beside a training run (budgets, schedules); ``run`` is training's own account of the run.
+
+    ``run.progress`` is 0 to 1, ``run.step`` counts finished steps, ``run.last`` says that none follows.
+    """
+
+    def gradients(self, run: Any) -> None:
+        """The mean gradients are there, and the parameters have not moved yet."""
+
+    def stepped(self, run: Any) -> None:
+        """The parameters have moved."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must keep of it."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The opposite of :meth:`state_dict`."""
+
+
 class Surgery:
     """One registered surgery. Subclasses give ``plan``, ``reshape`` and ``fill``; the rest has defaults.
 
@@ -118,6 +139,8 @@ class Surgery:
     name: ClassVar[str] = ""
     version: ClassVar[int] = 1
     family: ClassVar[str] = ""
+    #: Whether it is a way of fine-tuning: what it adds, or says, is all that trains afterwards.
+    tunes: ClassVar[bool] = False
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     after: ClassVar[str] = ""
 
@@ -145,6 +168,10 @@ class Surgery:
 
     def phases(self, plan: Plan) -> list[Phase]:
         return []
+
+    def companion(self, model: Any, plan: Plan) -> Companion | None:
+        """What this surgery does beside a training run; None for nothing. Training asks for it by itself."""
+        return None
 
     def close(self, model: Any, plan: Plan) -> Plan | None:
         """From the training form to the final form, as a further plan; None where there is nothing to close."""
@@ -297,35 +324,46 @@ def words(entry: Entry) -> str:
     return f"{entry.name} ({data})" if data else entry.name
 
 
+#: Roles under the names that people use; the short ones stand in the parts.
+ROLES = {"query": "q", "key": "k", "value": "v", "output": "o"}
+#: What stands beside the layer list, and so is no part of ``all``.
+BESIDE = ("stem", "head", "conditioner")
+
+
 def chosen_slots(model: Any, where: Sequence[str] | str | None, default: Sequence[str], what: str) -> list[str]:
-    """Slot addresses that match patterns: a role (``q``), an item (``b3.*``), or an address (``b3.attention:q``).
+    """Slot addresses that match patterns: a role (``q`` or ``query``), an item (``b3.*``), an address
+    (``b3.attention:q``), or ``all`` for every linear of the layer list.
 
     Patterns are shell-style. One that matches nothing is a SpecError with the nearest address or role.
     """
-    import fnmatch
+    return chosen_addresses(list(model.slots()), where, default, what)
 
+
+def chosen_addresses(
+    known: Sequence[str], where: Sequence[str] | str | None, default: Sequence[str], what: str
+) -> list[str]:
+    """The same among addresses of any kind, in their order."""
     patterns = [where] if isinstance(where, str) else list(default if where is None else where)
-    known = model.slots()
-    roles = {address: address.rpartition(":")[2] for address in known}
-    found: dict[str, None] = {}
+    roles = sorted({address.rpartition(":")[2] for address in known})
+    found: set[str] = set()
     problems = []
     for pattern in patterns:
-        matched = [
-            address
-            for address in known
-            if fnmatch.fnmatchcase(address, pattern)
-            or fnmatch.fnmatchcase(roles[address], pattern)
-            or fnmatch.fnmatchcase(address.partition(":")[0], pattern)
-        ]
+        matched = {address for address in known if _matches(address, pattern)}
         if not matched and where is not None:
-            problems.append(
-                f"{what}: {pattern!r} matches no slot{nearest(pattern, [*known, *roles.values()])} "
-                f"(roles: {', '.join(sorted(set(roles.values())))})"
-            )
-        found.update(dict.fromkeys(matched))
+            near = nearest(pattern, [*known, *roles, *(name for name, role in ROLES.items() if role in roles), "all"])
+            problems.append(f"{what}: {pattern!r} matches no slot{near} (roles: {', '.join(roles)})")
+        found |= matched
     if problems:
         raise SpecError("\n".join(problems))
     return [address for address in known if address in found]
+
+
+def _matches(address: str, pattern: str) -> bool:
+    owner, _, role = address.rpartition(":")
+    if pattern == "all" and owner.rpartition("/")[2].partition(".")[0] not in BESIDE:
+        return True
+    names = (address, role, address.partition(":")[0])
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names) or ROLES.get(pattern) == role
 
 
 def core(slot: LinearLike) -> LinearLike:

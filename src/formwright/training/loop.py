@@ -24,6 +24,7 @@ from formwright.models.model import Entry
 from formwright.tasks.base import Task
 from formwright.training import checkpoint
 from formwright.training.checkpoint import RunDirectory
+from formwright.training.companions import companions
 from formwright.training.hooks import Average, EarlyStopping, Evaluate, Hook
 from formwright.training.place import here
 from formwright.training.recipe import FREE, Recipe, make_objective
@@ -99,6 +100,7 @@ def train(
         data.bind(model)
     source = source_of(data, recipe.seed, split)
     every: list[Hook] = [Average(name, recipe.ema) for name, kind in made.others.items() if kind == "ema"]
+    every += companions(model)
     every += [*hooks, *_scoring(data, evaluate_every, patience)]
     place = here(shard)
     if place.main:

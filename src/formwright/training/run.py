@@ -358,5 +358,6 @@ class Run:
 
 
 def towers_of(model: Any) -> list[Any]:
-    """The models of one tower that a model or system is made of."""
-    return list(model.towers.values()) if hasattr(model, "towers") else [model]
+    """The models of one tower that a model or system is made of; none of what else an objective trains."""
+    held = list(model.towers.values()) if hasattr(model, "towers") else [model]
+    return [tower for tower in held if hasattr(tower, "recompute")]

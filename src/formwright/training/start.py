@@ -32,6 +32,12 @@ def with_head(model: Any, task: Any, seed: int = 0) -> Any:
     return apply(model, "head", kind=kind, labels=list(labels), seed=seed)
 
 
+def objective_of(task: Any) -> str:
+    """The objective that a task is learnt by: its own word, else by whether it has labels."""
+    stated = getattr(task, "objective", None)
+    return stated or ("classification" if getattr(task, "labels", None) else "causal-lm")
+
+
 def _classifies(head: Any, kind: str) -> bool:
     """Whether a head does what ``kind`` would; a language model's speaks of tokens too, but has no labels."""
     if kind == "sequence-classifier":

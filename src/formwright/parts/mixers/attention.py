@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from formwright.kit.errors import SpecError, unknown
-from formwright.ops.attention import attention, attention_reference, blocks, packed_attention
+from formwright.ops.attention import Ahead, attention, attention_reference, blocks, packed_attention
 from formwright.ops.attention.native import Heads, suits
 from formwright.parts.base import (
     Cost,
@@ -119,6 +119,7 @@ class Attention(Part):
         streams = causal or memory is not None
         growth: Literal["linear", "quadratic"] = "quadratic" if memory is None and window is None else "linear"
         self.traits = Traits(causal=streams, streams=streams, packed=memory is None, growth=growth)
+        self.prefixes = memory is None
         self.axes = {
             "q": ("heads*head", "stream"),
             "k": ("kv_heads*head", "memory" if memory else "stream"),
@@ -172,7 +173,7 @@ class Attention(Part):
     def step(self, ctx: Context, norm: nn.Module | None, before: bool = False) -> Step | None:
         rule = self.rule & ctx.visible
         bare = self.memory is None and self.rotary is None and self.distance is None
-        if ctx.offsets is None or ctx.state is not None or not (bare and rule.simple):
+        if ctx.offsets is None or ctx.begins or not (bare and rule.simple):
             return None
         if drops(self.rate, self.training) or ctx.wants("probs"):
             return None
@@ -261,28 +262,40 @@ class Attention(Part):
             mask=mask,
             bias=bias,
             window=rule.window if free else None,
+            ahead=ctx.ahead(),
         )
 
     def _block_diagonal(self, q, k, v, spans, rule: Visible, ctx: Context) -> Tensor:
         """(1, H, T, T) probabilities of a packed batch, zero across borders; only for who asked to look."""
-        out = q.new_zeros(1, q.shape[2], q.shape[1], q.shape[1])
-        for start, stop in spans:
+        out, ahead = q.new_zeros(1, q.shape[2], q.shape[1], q.shape[1]), ctx.ahead()
+        for index, (start, stop) in enumerate(spans):
             steps = torch.arange(stop - start, device=q.device)[None]
             bias = self._bias(ctx, steps, steps)
             whole = slice(0, stop - start)
-            _, probs = attention_reference(
+            out[:, :, start:stop, start:stop] = self._probs(
                 q[:, start:stop],
                 k[:, start:stop],
-                v[:, start:stop],
-                scale=self.scale,
-                seen=rule.mask(steps, steps),
-                bias=None if bias is None else bias(whole, whole),
+                rule.mask(steps, steps),
+                None if bias is None else bias(whole, whole),
+                None if ahead is None else ahead.rows(index, index + 1),
             )
-            out[:, :, start:stop, start:stop] = probs
         return out
 
+    def _probs(
+        self, q: Tensor, k: Tensor, seen: Tensor | None, bias: Tensor | None, ahead: Ahead | None = None
+    ) -> Tensor:
+        """(B, H, L, S) probabilities of the tokens; what a learned prefix takes is left out of them."""
+        first = 0
+        if ahead is not None:
+            first = ahead.k.shape[1]
+            seen = ahead.visible(None if seen is None else seen[:, None], k.shape[1])
+            seen = None if seen is None else seen[:, 0]
+            bias = None if bias is None else nn.functional.pad(bias, (first, 0))
+            k = ahead.before(k, k)[0]
+        return attention_reference(q, k, k, scale=self.scale, seen=seen, bias=bias)[1][..., first:]
+
     def _padded(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rule: Visible, ctx: Context) -> Tensor:
-        places = ctx.place(x)
+        places, ahead = ctx.place(x), ctx.ahead()
         past = None if ctx.state is None else ctx.state.get(f"{ctx.path}.k")
         started = past is not None and past.shape[1] > 0
         if started and rule.segments is not None:
@@ -297,23 +310,16 @@ class Attention(Part):
         if ctx.wants("probs"):
             whole, bias = slice(None), self._bias(ctx, places, keys)
             segments = rule.segments
-            _, probs = attention_reference(
-                q,
-                k,
-                v,
-                scale=self.scale,
-                seen=rule.mask(places, keys, segments, segments),
-                bias=None if bias is None else bias(whole, whole),
-            )
-            ctx.note("probs", probs)
+            added = None if bias is None else bias(whole, whole)
+            ctx.note("probs", self._probs(q, k, rule.mask(places, keys, segments, segments), added, ahead))
         if started and rule.simple and self.distance is None and self._sees_all(x, ctx):
-            return attention(q, k, v, scale=self.scale)
+            return attention(q, k, v, scale=self.scale, ahead=ahead)
         if plain and (rule.causal or ctx.lengths is None):
             # Causal with padding on the right: a real query never reaches a padded key.
-            return attention(q, k, v, scale=self.scale, causal=rule.causal)
+            return attention(q, k, v, scale=self.scale, causal=rule.causal, ahead=ahead)
         if plain:
             seen = ctx.valid(x)[:, None]
-            return attention(q, k, v, scale=self.scale, mask=lambda rows, columns: seen[:, :, columns])
+            return attention(q, k, v, scale=self.scale, mask=lambda rows, columns: seen[:, :, columns], ahead=ahead)
 
         def mask(rows: slice, columns: slice) -> Tensor:
             segments = rule.segments
@@ -334,6 +340,7 @@ class Attention(Part):
             mask=mask,
             bias=self._bias(ctx, places, keys),
             window=rule.window if near else None,
+            ahead=ahead,
         )
 
     @staticmethod
@@ -362,8 +369,7 @@ class Attention(Part):
         if memory.lengths is not None:
             seen = (torch.arange(k.shape[1], device=x.device)[None] < memory.lengths[:, None])[:, None]
         if ctx.wants("probs"):
-            everyone = None if seen is None else seen.expand(-1, q.shape[1], -1)
-            ctx.note("probs", attention_reference(q, k, v, scale=self.scale, seen=everyone)[1])
+            ctx.note("probs", self._probs(q, k, None if seen is None else seen.expand(-1, q.shape[1], -1), None))
         if seen is None:
             return attention(q, k, v, scale=self.scale)
         return attention(q, k, v, scale=self.scale, mask=lambda rows, columns: seen[:, :, columns])

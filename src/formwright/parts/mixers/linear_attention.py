@@ -73,7 +73,7 @@ class FeatureAttention(Projected):
         k = ctx.clear(k)  # phi(0) is not zero, so padding would be summed
         borders = None if ctx.offsets is None else [0, *(stop for _, stop in ctx.spans())]
         shared, causal = self.heads // self.kv_heads, self.traits.causal
-        start = None if ctx.state is None else self._sums(v, ctx).repeat_interleave(shared, 1)
+        start = self._sums(v, ctx).repeat_interleave(shared, 1) if ctx.begins else None
         k, v = self.for_queries(k), self.for_queries(v)
         mixed, sums = linear_attention(q, k, v, causal=causal, state=start, borders=borders, eps=self.eps)
         if causal:

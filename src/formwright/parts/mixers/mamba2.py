@@ -183,7 +183,7 @@ class Mamba2(Part):
         return self.out_proj(self.norm(y.flatten(-2), z), ctx)
 
     def _start(self, x: Tensor, ctx: Context) -> Tensor | None:
-        if ctx.state is None:
+        if not ctx.begins:
             return None
         slot = self.slots()["ssm"]
         return ctx.slot("ssm", lambda: torch.zeros(len(x), *slot.shape, dtype=slot.dtype, device=x.device))

@@ -82,6 +82,7 @@ class PQAttention(Attention):
         if keys is not None and keys < 1:
             raise SpecError(f"keys={keys} must be at least 1")
         self.fraction, self.keys, self.select, self.refine = fraction, keys, select, refine
+        self.prefixes = False  # a prefix has no code by which it could be chosen
         self.quantizer = ProductQuantizer(self.head_width, codewords, code_width)
         self.traits = Traits(
             causal=causal,
@@ -113,7 +114,7 @@ class PQAttention(Attention):
             v, _ = ctx.append("v", v)
         listed = self._listed(q, k, places, seen.expand(len(x), -1), ctx)
         if ctx.wants("probs"):
-            ctx.note("probs", lambda: self._probs(q, k, listed))
+            ctx.note("probs", lambda: self._of_read(q, k, listed))
         return sparse_attention(q, k, v, listed, self._factor)
 
     @property
@@ -192,7 +193,7 @@ class PQAttention(Attention):
         codes = self.quantizer.encode(k).permute(3, 0, 2, 1)
         return codes.repeat_interleave(self.heads // self.kv_heads, 2)
 
-    def _probs(self, q: Tensor, k: Tensor, listed: Tensor) -> Tensor:
+    def _of_read(self, q: Tensor, k: Tensor, listed: Tensor) -> Tensor:
         """(B, H, L, S), zero for what is not read; only for who asked to look."""
         shared = self.heads // self.kv_heads
         scores = (q * self._factor).transpose(1, 2) @ k.permute(0, 2, 3, 1).repeat_interleave(shared, 1)

@@ -26,9 +26,14 @@ def put_back(model: Any, before: dict[str, list[str]]) -> None:
             parameter.requires_grad_(name not in frozen if only is None else name in only)
 
 
+def plain_name(name: str) -> str:
+    """A tensor's name without the wrappers around its linear, which come and go."""
+    return name.replace(".base.", ".")
+
+
 def train_only(model: Any, patterns: Sequence[str]) -> None:
-    """Freeze everything but the parameters whose names match a shell-style pattern."""
+    """Freeze everything but the parameters whose names, with or without wrappers, match a shell-style pattern."""
     for name, parameter in model.named_parameters():
-        wanted = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        wanted = any(fnmatch.fnmatchcase(one, pattern) for pattern in patterns for one in {name, plain_name(name)})
         if parameter.is_floating_point() or not wanted:
             parameter.requires_grad_(wanted)

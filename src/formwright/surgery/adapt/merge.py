@@ -1,8 +1,10 @@
 """Merge: fold what was added to a linear back into one plain weight.
 
-A LoRA slot becomes ``W + scaling B A``, a low-rank slot ``second first``: the same function to rounding, without the
-extra products (or, for low rank, with the dense ones again). What cannot be folded without changing results is refused:
-integer weights would be rounded anew. Hu et al., 2021 (2106.09685), section 4.1. Cost: one small product a slot.
+A slot with LoRA becomes ``W + scaling B A``, one with (IA)^3 ``l W``, each method as it says itself; a low-rank slot
+becomes ``second first``: the same function to rounding, without the extra products (or, for low rank, with the dense
+ones again). What cannot be folded without changing results is refused: integer weights would be rounded anew. Undone
+with its displaced modules kept, it gives the very bits back. Hu et al., 2021 (2106.09685), section 4.1. Cost: one small
+product a slot.
 """
 
 from __future__ import annotations
@@ -13,11 +15,11 @@ import torch
 
 from formwright.kit.errors import Refusal, SpecError, all_of, unknown
 from formwright.parts.base import LinearLike, kind_of
+from formwright.parts.linears.adapted import Adapted
 from formwright.parts.linears.dense import Dense
-from formwright.parts.linears.lora import LoRA
 from formwright.registry import Paper, register
 from formwright.surgery.adapt._training import put_back, remember
-from formwright.surgery.adapt.lora import numbers, wrapped
+from formwright.surgery.adapt.switch import beside_weights, numbers, wrapped
 from formwright.surgery.base import Displaced, Plan, Promises, Surgery, check_options, chosen_slots, core, on
 
 
@@ -35,6 +37,12 @@ class Merge(Surgery):
         adapter, known = options.get("adapter"), numbers(model)
         if adapter is not None and adapter not in known:
             raise SpecError(f"merge: {unknown('adapter', adapter, known)}")
+        apart = beside_weights(model)
+        if adapter in apart or (adapter is None and apart and apart == set(known)):
+            raise Refusal(
+                f"merge: {adapter or ', '.join(sorted(apart))!r} stands around whole sublayers or before texts, where "
+                "no weight says what it does; keep it as an adapter"
+            )
         if options.get("where") is None:
             slots = list(wrapped(model))
         else:
@@ -42,9 +50,8 @@ class Merge(Surgery):
             slots = [address for address in chosen if not isinstance(model.slot(address), Dense)]
         if not slots:
             raise Refusal("merge: no slot holds an adapter, so there is nothing to fold in")
-        free: dict[str, list[str]] = next(
-            (e.data["decisions"]["before"] for e in model.history if e.name == "lora"), {"frozen": []}
-        )
+        made_room = (entry.data.get("decisions", {}) for entry in model.history if entry.kind == "surgery")
+        free: dict[str, list[str]] = next((d["before"] for d in made_room if "number" in d), {"frozen": []})
         decisions = {"slots": slots, "adapter": adapter, "free": free, "before": remember(model)}
         made = self.made(model, dict(options), decisions)
         self.check(model, made)
@@ -69,7 +76,7 @@ class Merge(Surgery):
         displaced: Displaced = {}
         for address in plan.decisions["slots"]:
             slot = model.slot(address)
-            bias = slot.dense_bias()
+            bias = core(slot).dense_bias()
             with torch.device("meta"):
                 dense = Dense(slot.in_features, slot.out_features, bias is not None, slot.role)
             dense.to(_dtype(slot)).train(slot.training)
@@ -81,16 +88,10 @@ class Merge(Surgery):
     def fill(self, model: Any, plan: Plan, displaced: Displaced) -> None:
         for address in list(displaced):
             old, new = displaced.pop(address), model.slot(address)
-            name = plan.decisions["adapter"]
-            if isinstance(old, LoRA) and name in old.adapters:
-                weight = old.base.dense_weight() + old.only(name).weight()
-            elif isinstance(old, LoRA) and name is not None:
-                weight = old.base.dense_weight()
-            else:
-                weight = old.dense_weight()
+            weight, bias = _folded(old, plan.decisions["adapter"])
             new.weight.copy_(weight)
             if new.bias is not None:
-                new.bias.copy_(old.dense_bias())
+                new.bias.copy_(bias)
 
     def restore(self, model: Any, plan: Plan, displaced: Displaced) -> None:
         super().restore(model, plan, displaced)
@@ -99,6 +100,11 @@ class Merge(Surgery):
     def words(self, plan: Plan) -> str:
         which = f"the adapter {plan.decisions['adapter']!r}" if plan.decisions["adapter"] else "the adapters"
         return f"Folded {which} into {len(plan.decisions['slots'])} plain weights."
+
+
+def _folded(slot: LinearLike, name: str | None) -> tuple[Any, Any]:
+    """Weight and bias of a slot with the adapter ``name``, or its only one, folded in."""
+    return slot.folded(name) if isinstance(slot, Adapted) else (slot.dense_weight(), slot.dense_bias())
 
 
 def _dtype(slot: LinearLike) -> torch.dtype:

@@ -22,6 +22,7 @@ from formwright import registry
 from formwright.kit.errors import FormwrightError, Refusal, SpecError, all_of, unknown
 from formwright.models.items import part_name
 from formwright.parts.base import LinearLike, Part, initialise, linears
+from formwright.parts.beside import Adapter
 from formwright.parts.make import make_part, options_of
 from formwright.registry import register
 from formwright.surgery.base import Displaced, Plan, Surgery, check_options, on
@@ -241,6 +242,12 @@ def _reasons(model: Any, id: str, old: Any, mixer: str, options: dict[str, Any])
         return [f"swap-mixer: {id}: {line}" for line in str(error).split("\n")]
     theirs, moving = dict(linears(new)), _moving(old, new)
     reasons = [
+        f"swap-mixer: {id}: adapter {name!r} is what {part_name(old)} begins with, and would mean nothing to {mixer}; "
+        "undo it first"
+        for name, adapter in (model.item(id).adapters or {}).items()
+        if type(adapter).begin is not Adapter.begin and not (old.prefixes and new.prefixes)
+    ]
+    reasons += [
         f"swap-mixer: {id}: slot {role} is {_said(getattr(old, role))}, and in {mixer} {_said(theirs[role])}; "
         "leave out the options that change its size"
         for role in ROLES
