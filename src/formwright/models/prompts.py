@@ -27,7 +27,8 @@ def lead(table: Prompted, inputs: Mapping[str, Tensor], ctx: Context) -> tuple[d
     """``inputs`` and the context with prompts before the rows; the positions of the texts move behind them."""
     ids = inputs["tokens"]
     packed = ctx.offsets is not None
-    first, counts = (t.to(ids.device) for t in table.firsts(len(ctx.offsets) - 1 if packed else len(ids), ctx))
+    rows = len(ids) if ctx.offsets is None else len(ctx.offsets) - 1
+    first, counts = (t.to(ids.device) for t in table.firsts(rows, ctx))
     if ctx.state is not None:
         counts = torch.where(ctx.state.seen == 0, counts, 0)
     longest = int(counts.max()) if len(counts) else 0
