@@ -136,6 +136,8 @@ KINDS = {
     "channel": "Parts that work on each token by itself.",
     "combinator": "Parts made of parts.",
     "linear": "What a slot (a projection of a part) may hold.",
+    "change": "What a method of fine-tuning does to one linear.",
+    "adapter": "What stands behind, beside or before a whole sublayer, or before a text.",
     "norm": "Normalisations, before or after a part, or at the end of a model.",
     "combine": "How a part's output joins the stream.",
     "stem": "From inputs to the stream.",

@@ -127,7 +127,8 @@ def test_dropout_and_logits_have_categories() -> None:
 
     found = measured(model, ROWS, LENGTH, loss=loss)
     assert found.categories["dropout"] >= ROWS * LENGTH * WIDTH
-    assert found.categories["losses"] >= 4 * ROWS * LENGTH * 40 and "head" in found.items
+    assert "head" in measured(model, ROWS, LENGTH).items
+    assert found.categories.get("losses", 0) < 4 * ROWS * LENGTH * 40  # the fused loss keeps no logits
     # Which tokens have a target is a question about numbers, so a row or two are run.
     said = predict(model, ROWS, LENGTH, loss=loss)
     assert said.how == "probe" and abs(said.saved - found.saved) <= 0.05 * found.saved

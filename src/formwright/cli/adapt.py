@@ -100,17 +100,17 @@ def adapt(
 
 def _print(prices: list[Any]) -> None:
     """The table of costs of one step, and why a method does not fit."""
-    say("  one step:       trains            weights + optimizer   activations   s a step")
+    say(f"  {'one step of':<20}{'trains':>11}{'':>8}{'weights and optimizer':>23}{'activations':>14}{'seconds':>9}")
     for price in prices:
         if price.refused:
-            say(f"  {price.method:<16}{price.refused}")
+            say(f"  {price.method:<20}{price.refused}")
             continue
         memory = price.memory
         held = (memory.weights + memory.gradients + memory.optimizer) / 2**20
-        seconds = "" if price.seconds is None else f"{price.seconds:8.3f}"
+        seconds = "" if price.seconds is None else f"{price.seconds:9.3f}"
         say(
-            f"  {price.method:<16}{price.trainable:>11,} {100 * price.share:5.1f} %{held:>15,.0f} MiB"
-            f"{memory.saved / 2**20:>11,.0f} MiB{seconds}"
+            f"  {price.method:<20}{price.trainable:>11,}{100 * price.share:6.2f} %{held:>19,.0f} MiB"
+            f"{memory.saved / 2**20:>10,.1f} MiB{seconds}"
         )
 
 

@@ -26,7 +26,8 @@ ALONG = ("types",)
 def lead(table: Prompted, inputs: Mapping[str, Tensor], ctx: Context) -> tuple[dict[str, Tensor], Context]:
     """``inputs`` and the context with prompts before the rows; the positions of the texts move behind them."""
     ids = inputs["tokens"]
-    packed, rows = ctx.offsets is not None, len(ids) if ctx.offsets is None else len(ctx.offsets) - 1
+    packed = ctx.offsets is not None
+    rows = len(ids) if ctx.offsets is None else len(ctx.offsets) - 1
     first, counts = (t.to(ids.device) for t in table.firsts(rows, ctx))
     if ctx.state is not None:
         counts = torch.where(ctx.state.seen == 0, counts, 0)

@@ -25,6 +25,7 @@ from formwright import registry
 from formwright.kit.errors import DataError, SpecError, all_of, unknown
 from formwright.models.batch import EMPTY, Batch, Loss
 from formwright.models.model import Model
+from formwright.models.prompts import follow
 from formwright.models.system import System
 from formwright.parts.context import Context, Notes, keyed_generator
 
@@ -158,7 +159,8 @@ def last_states(
         for item in owner.items():
             x, ctx = item(x, ctx)
             if item.id in after:
-                found[item.id] = x
+                found[item.id] = follow(x, ctx)[0]
+        x, ctx = follow(x, ctx)
     return (x if owner.final_norm is None else owner.final_norm(x)), ctx, found
 
 

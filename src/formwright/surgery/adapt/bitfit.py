@@ -17,7 +17,7 @@ from formwright.surgery.adapt._partial import Tunes, norms
 class BitFit(Tunes):
     __doc__ = Tunes.__doc__
 
-    examples = ({"where": "*"}, {"where": ["query", "up", "norm"]})
+    examples = ({"where": "*"}, {"where": ["query", "output"]})
     what = "biases"
 
     def found(self, model: Any) -> dict[str, str]:

@@ -79,8 +79,7 @@ class PromptTuning(Surgery):
             raise Refusal(
                 f"{self.name}: this model reads {model.stem.field()}, and a prompt is more rows of a token table"
             )
-        borders: list[Any] = [item for item in model.walk() if isinstance(item, Reshape)]
-        changing = [item.id for item in borders if not item.reshape.traits.streams]
+        changing = [item.id for item in model.walk() if isinstance(item, Reshape) and not _keeps_length(item)]
         all_of(
             Refusal, [f"{self.name}: {id} changes the length, so a prompt cannot be taken off again" for id in changing]
         )
@@ -151,3 +150,8 @@ class PromptTuning(Surgery):
     def words(self, plan: Plan) -> str:
         length, name = plan.decisions["length"], plan.decisions["name"]
         return f"Put a prompt of {length} learned vectors, {name!r}, before every text; only it trains."
+
+
+def _keeps_length(item: Reshape) -> bool:
+    reshape: Any = item.reshape
+    return reshape.traits.streams
