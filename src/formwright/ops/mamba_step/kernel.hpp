@@ -25,38 +25,47 @@ static FW_INLINE void ask(const float* from, int64_t count, int64_t first, int64
   for (int64_t i = count * first / outputs; i < count * last / outputs; i += LINE) __builtin_prefetch(from + i, 0, 2);
 }
 
+// made[r] is what sums up to weight . from[r] of R rows. A row of weights is read from one end to the other, so memory
+// is read in one stream, which is what a step costs; the order of the sums is the same for any R.
+template <int R>
+static FW_INLINE void dots(const float* weight, const float* from, int64_t in, Lanes* made) {
+  Lanes even[R] = {}, odd[R] = {};
+  int64_t i = 0;
+  for (; i + 2 * WIDTH <= in; i += 2 * WIDTH) {
+    const Lanes a = load(weight + i), b = load(weight + i + WIDTH);
+    for (int r = 0; r < R; ++r) {
+      even[r] = fma(a, load(from + r * in + i), even[r]);
+      odd[r] = fma(b, load(from + r * in + i + WIDTH), odd[r]);
+    }
+  }
+  for (; i < in; i += WIDTH)
+    for (int r = 0; r < R; ++r) even[r] = fma(load(weight + i, in - i), load(from + r * in + i, in - i), even[r]);
+  for (int r = 0; r < R; ++r) made[r] = even[r] + odd[r];
+}
+
 // to[row * to_row + o] = weight[o] . from[row] + bias[o] for `first` <= o < `last`, added to what is there where it
-// `joins`. Four rows of weights are read once for all rows of inputs, so they come from memory once; reading them is
-// what a step costs.
+// `joins`. A row of weights comes from memory once for all rows of inputs.
 static void products(const float* weight, const float* bias, const float* from, int64_t rows, int64_t in, float* to,
                      int64_t to_row, int64_t first, int64_t last, bool joins = false) {
-  constexpr int64_t FOUR = 4;
-  const int64_t even = in / WIDTH * WIDTH, ahead = FOUR * in;
+  constexpr int64_t FOUR = 4, BOTH = 2;
   for (int64_t o = first; o < last; o += FOUR) {
     const int64_t some = last - o < FOUR ? last - o : FOUR;
-    const float *a = weight + o * in, *b = some > 1 ? a + in : a, *c = some > 2 ? b + in : a, *d = some > 3 ? c + in : a;
-    for (int64_t row = 0; row < rows; ++row) {
-      const float* x = from + row * in;
-      Lanes of_a{}, of_b{}, of_c{}, of_d{};
-      const auto add = [&](int64_t i, int64_t count) {
-        const Lanes value = load(x + i, count);
-        of_a = fma(load(a + i, count), value, of_a);
-        of_b = fma(load(b + i, count), value, of_b);
-        of_c = fma(load(c + i, count), value, of_c);
-        of_d = fma(load(d + i, count), value, of_d);
-      };
-      for (int64_t i = 0; i < even; i += WIDTH) {
-        __builtin_prefetch(a + i + ahead);
-        __builtin_prefetch(b + i + ahead);
-        __builtin_prefetch(c + i + ahead);
-        __builtin_prefetch(d + i + ahead);
-        add(i, WIDTH);
+    for (int64_t row = 0; row < rows; row += BOTH) {
+      const int64_t here = rows - row < BOTH ? 1 : BOTH;
+      Lanes of[FOUR][BOTH] = {};
+      for (int64_t j = 0; j < some; ++j) {
+        const float *a = weight + (o + j) * in, *x = from + row * in;
+        if (here == BOTH)
+          dots<BOTH>(a, x, in, of[j]);
+        else
+          dots<1>(a, x, in, of[j]);
       }
-      if (even < in) add(even, in - even);
-      const Quad found = sums(of_a, of_b, of_c, of_d);
-      float* made = to + row * to_row + o;
-      for (int64_t j = 0; j < some; ++j)
-        made[j] = (joins ? made[j] : 0.0f) + found[j] + (bias == nullptr ? 0.0f : bias[o + j]);
+      for (int64_t r = 0; r < here; ++r) {
+        const Quad found = sums(of[0][r], of[1][r], of[2][r], of[3][r]);
+        float* made = to + (row + r) * to_row + o;
+        for (int64_t j = 0; j < some; ++j)
+          made[j] = (joins ? made[j] : 0.0f) + found[j] + (bias == nullptr ? 0.0f : bias[o + j]);
+      }
     }
   }
 }

@@ -93,14 +93,15 @@ def library() -> Any:
     except OSError:
         return None
     made.fw_int8_packed_bytes.restype = ctypes.c_int64
-    entry = _pool()
-    if entry is not None:
-        made.fw_use_runtime(entry)
+    pool = _pool()
+    if pool is not None:
+        made.fw_use_runtime(*pool)
     return made
 
 
-def _pool() -> ctypes.c_void_p | None:
-    """The entry of the OpenMP runtime that PyTorch has loaded: work then runs on its threads."""
+def _pool() -> tuple[ctypes.c_void_p, ctypes.c_void_p] | None:
+    """What starts the threads of the OpenMP runtime that PyTorch has loaded, where work then runs, and what says which
+    of them is running."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
@@ -109,7 +110,9 @@ def _pool() -> ctypes.c_void_p | None:
     own = sorted(paths, key=lambda path: "torch" not in path)  # another package may have brought one as well
     for path in own:
         try:
-            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p)
+            runtime = ctypes.CDLL(path)
+            entries = (runtime.GOMP_parallel, runtime.omp_get_thread_num)
+            return tuple(ctypes.cast(entry, ctypes.c_void_p) for entry in entries)
         except (OSError, AttributeError):
             continue
     return None

@@ -8,7 +8,9 @@
 namespace {
 
 using Entry = void (*)(void (*)(void*), void*, unsigned, unsigned);
+using Number = int (*)();
 std::atomic<Entry> entry{nullptr};
+std::atomic<Number> number{nullptr};
 std::atomic<int> ceiling{fw::VNNI};
 
 struct Job {
@@ -40,31 +42,36 @@ struct Wait {
   }
 };
 
-// A team that is held for many loops. A loop is a round; its number of pieces and the next of them are one number, so
-// that whoever takes a piece knows that the loop it belongs to is still on.
+// A team that is held for many loops. Every member has a share of a loop's pieces, the same one in every call, so that
+// what the share reads stays in that core's caches and memory is read in one stream; who is done takes from the others.
+// Where a share ends and its next piece are one number, so that whoever takes a piece knows that its loop is still on.
 class Team {
  public:
+  explicit Team(int members) : shares(members < MOST ? members : MOST) {}
+
   void loop(int64_t count, int64_t grain, fw::Range work, void* data) {
-    if ((count + grain - 1) / grain > MOST) grain = (count + MOST - 1) / MOST;
+    if ((count + grain - 1) / grain > PIECES) grain = (count + PIECES - 1) / PIECES;
     const int64_t pieces = (count + grain - 1) / grain;
     job = {work, data, count, grain};
     done.store(0, std::memory_order_relaxed);
-    ticket.store(static_cast<uint64_t>(pieces) << 32, std::memory_order_release);
-    while (take()) {}
+    for (int64_t i = 0; i < shares; ++i) {
+      const uint64_t first = pieces * i / shares, last = pieces * (i + 1) / shares;
+      next[i].piece.store(last << 32 | first, std::memory_order_release);
+    }
+    round.fetch_add(1, std::memory_order_release);
+    help(0);
     for (Wait wait; done.load(std::memory_order_acquire) < pieces;) wait.again();
   }
 
-  void serve() {
-    for (Wait wait; !over.load(std::memory_order_acquire);) {
-      if (take()) wait = Wait();
-      else wait.again();
-    }
+  void serve(int member) {
+    for (int64_t now = after(0); now != OVER; now = after(now)) help(member);
   }
 
-  void end() { over.store(true, std::memory_order_release); }
+  void end() { round.store(OVER, std::memory_order_release); }
 
  private:
-  static constexpr int64_t MOST = 1 << 20;
+  static constexpr int MOST = 16;
+  static constexpr int64_t PIECES = 1 << 20, OVER = -1;
 
   struct Loop {
     fw::Range work;
@@ -72,11 +79,28 @@ class Team {
     int64_t count, grain;
   };
 
+  struct alignas(64) Share {
+    std::atomic<uint64_t> piece{0};  // the last of the share in the upper half, the next in the lower
+  };
+
+  // The round that is on, once it is not the one that was seen.
+  int64_t after(int64_t seen) {
+    for (Wait wait;; wait.again()) {
+      const int64_t now = round.load(std::memory_order_acquire);
+      if (now != seen) return now;
+    }
+  }
+
+  void help(int member) {
+    for (int i = 0; i < shares; ++i)
+      while (take(next[(member + i) % shares].piece)) {}
+  }
+
   static bool open(uint64_t now) { return (now & 0xffffffffu) < now >> 32; }
 
-  bool take() {
-    if (!open(ticket.load(std::memory_order_relaxed))) return false;
-    const uint64_t mine = ticket.fetch_add(1, std::memory_order_acq_rel);
+  bool take(std::atomic<uint64_t>& piece) {
+    if (!open(piece.load(std::memory_order_relaxed))) return false;
+    const uint64_t mine = piece.fetch_add(1, std::memory_order_acq_rel);
     if (!open(mine)) return false;
     const int64_t first = static_cast<int64_t>(mine & 0xffffffffu) * job.grain, last = first + job.grain;
     job.work(job.data, first, last < job.count ? last : job.count);
@@ -84,10 +108,11 @@ class Team {
     return true;
   }
 
+  const int shares;
   Loop job{};
-  alignas(64) std::atomic<uint64_t> ticket{0};
+  Share next[MOST];
   alignas(64) std::atomic<int64_t> done{0};
-  std::atomic<bool> over{false};
+  alignas(64) std::atomic<int64_t> round{0};
 };
 
 thread_local Team* team = nullptr;
@@ -100,7 +125,7 @@ struct Gathering {
 
 void join(void* given) {
   Gathering& all = *static_cast<Gathering*>(given);
-  if (team != &all.team) return all.team.serve();
+  if (team != &all.team) return all.team.serve(number.load(std::memory_order_relaxed)());
   all.work(all.data);
   all.team.end();
 }
@@ -161,7 +186,7 @@ void spread(int64_t count, int64_t grain, int threads, Range work, void* data) {
 void gather(int threads, Plain work, void* data) {
   const Entry run = entry.load(std::memory_order_relaxed);
   if (threads < 2 || run == nullptr || team != nullptr) return work(data);
-  Team made;
+  Team made(threads);
   Gathering all{made, work, data};
   team = &made;
   run(join, &all, static_cast<unsigned>(threads), 0);
@@ -182,8 +207,11 @@ void* scratch(int slot, size_t bytes) {
 
 }  // namespace fw
 
-// `parallel` is GOMP_parallel of a loaded OpenMP runtime, or null.
-FW_API void fw_use_runtime(void* parallel) { entry.store(reinterpret_cast<Entry>(parallel)); }
+// GOMP_parallel and omp_get_thread_num of a loaded OpenMP runtime.
+FW_API void fw_use_runtime(void* parallel, void* thread_number) {
+  number.store(reinterpret_cast<Number>(thread_number));
+  entry.store(reinterpret_cast<Entry>(parallel));
+}
 
 // Keeps to instruction sets up to `most` (fw::Level) -> the one in use.
 FW_API int fw_level(int most) {
