@@ -111,8 +111,8 @@ def _pool() -> tuple[ctypes.c_void_p, ctypes.c_void_p] | None:
     for path in own:
         try:
             runtime = ctypes.CDLL(path)
-            entries = (runtime.GOMP_parallel, runtime.omp_get_thread_num)
-            return tuple(ctypes.cast(entry, ctypes.c_void_p) for entry in entries)
+            start, number = runtime.GOMP_parallel, runtime.omp_get_thread_num
+            return ctypes.cast(start, ctypes.c_void_p), ctypes.cast(number, ctypes.c_void_p)
         except (OSError, AttributeError):
             continue
     return None
