@@ -23,29 +23,30 @@ from formwright.parts.base import hooked
 from formwright.parts.context import Context, StateLike
 
 #: Tokens of a piece, of all rows together, and of one row at least: a multiple of every chunk that an op works in.
-PIECE, LEAST = 2048, 256
+PIECE, LEAST = 1024, 256
 
 Run = TypeVar("Run", bound=Callable[..., Tensor])
 
 
-def piece_of(x: Tensor) -> int:
-    """Tokens of a piece of x (B, L, ...), or 0 where it stays whole: it is short, a gradient is wanted, or somebody
-    traces or counts."""
+def piece_of(x: Tensor, longer: int = 1) -> int:
+    """Tokens of a piece of x (B, L, ...), ``longer`` times the usual, or 0 where it stays whole: it is short, a
+    gradient is wanted, or somebody traces or counts."""
     if torch.is_grad_enabled() or watched():
         return 0
     rows, length = x.shape[:2]
-    size = max(LEAST, PIECE // max(rows, 1) // LEAST * LEAST)
+    size = max(LEAST, longer * PIECE // max(rows, 1) // LEAST * LEAST)
     return size if length > 2 * size else 0
 
 
-def pieced(run: Run) -> Run:
+def pieced(run: Run, longer: int = 1) -> Run:
     """For a method ``run(part, *tensors, ctx)`` whose part streams through ``ctx.slot`` and ``ctx.keep`` alone, tensors
-    and result being (B, L, ...): the same, with long rows taken piece by piece."""
+    and result being (B, L, ...): the same, with long rows taken piece by piece. ``longer`` times the usual pieces suit
+    a part that makes something anew for each."""
 
     @functools.wraps(run)
     def whole(part: Any, *given: Any) -> Tensor:
         *tensors, ctx = given
-        size = piece_of(tensors[0])
+        size = piece_of(tensors[0], longer)
         if not size or not part.traits.streams or not unseen(part, ctx):
             return run(part, *given)
         return joined(functools.partial(run, part), tensors, ctx, size)

@@ -11,6 +11,7 @@ W + hidden (memory + 2 W) multiply-accumulates a token, and those of the memory 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -25,6 +26,9 @@ from formwright.parts.pieces import pieced
 from formwright.parts.spikes import LIF
 from formwright.parts.streaming import refuse_rules, remembered, slot_bytes
 from formwright.registry import Paper, register
+
+#: What the memory convolves with is made anew for every piece.
+by_pieces = functools.partial(pieced, longer=2)
 
 AXES = {
     "cell.input": ("signal", "stream"),
@@ -81,7 +85,7 @@ class LMU(Part):
         """What a stream remembers for each row: the memory."""
         return self.cell.slots()
 
-    @pieced
+    @by_pieces
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         refuse_rules(ctx, "lmu")
         return spiked(self.out(self.cell(ctx.clear(x), ctx), ctx), self.norm, None, ctx)
@@ -134,7 +138,7 @@ class SpikingLMU(Part):
         """What a stream remembers for each row: the memory and the voltages."""
         return {**self.cell.slots(), **self._own()}
 
-    @pieced
+    @by_pieces
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         refuse_rules(ctx, "spiking-lmu")
         x = spiked(ctx.clear(x), self.norm_in, self.lif_in, ctx)
