@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: demo test lint bench proofs docs index clean
+.PHONY: demo test lint bench proofs docs index small clean
 .DEFAULT_GOAL = test
 
 $(BIN)/.core: pyproject.toml setup.py $(wildcard src/formwright/ops/*/*.cpp src/formwright/ops/*/*.hpp)
@@ -44,6 +44,10 @@ proofs: $(BIN)/.test
 docs: $(BIN)/.test index
 	$(BIN)/python docs/build.py
 	$(BIN)/python docs/build.py --matrix
+
+# The two language models that come with the package, trained again from nothing; compare with src/formwright/hub/shipped.
+small: $(BIN)/.core
+	$(BIN)/python -m formwright.training.small out/small
 
 index: $(BIN)/.core
 	$(BIN)/python -m formwright.registry

@@ -12,7 +12,8 @@ from formwright.kit.errors import DataError, SpecError
 from formwright.models.batch import Batch, pad
 from formwright.models.build import build
 from formwright.models.text import to_packed
-from formwright.objectives.base import Gen, token_chunks
+from formwright.objectives._hidden import projections
+from formwright.objectives.base import Gen, make, token_chunks
 from formwright.objectives.causal_lm import CausalLM
 from formwright.objectives.classification import Classification
 from formwright.objectives.distillation import Distillation, divergence, relative_error
@@ -239,14 +240,14 @@ def test_sums_do_not_depend_on_how_a_batch_is_cut():
 
 
 def test_options_out_of_range_are_refused():
-    for make in (
+    for refused in (
         lambda: Distillation(temperature=0.0),
         lambda: Distillation(hard=1.5),
         lambda: CausalLM(smoothing=-0.1),
         lambda: Classification(smoothing=2.0),
     ):
         with pytest.raises(SpecError):
-            make()
+            refused()
     wide = build(
         {"stem": {"part": "token-embedding", "vocab": 9, "width": 8}, "layers": [], "head": {"part": "mean-pool"}}
     )
@@ -254,3 +255,64 @@ def test_options_out_of_range_are_refused():
         Distillation().bind({"model": wide, "teacher": model({"part": "mean-pool"})})
     with pytest.raises(DataError, match="gives vectors, the teacher's tokens"):
         Distillation().bind({"model": wide, "teacher": model()})
+
+
+@pytest.mark.parametrize("kind", ["mse", "cosine"])
+def test_hidden_streams_of_two_widths_by_hand(kind):
+    student, teacher, batch = model(seed=1), wide_model(), lm_batch()
+    hidden = {"b0.attention": "b1.mlp"}
+    bridge = projections(student, teacher, hidden, seed=3)
+    assert bridge("b0.attention", torch.eye(16)).shape == (16, 24)
+    models = {"model": student, "teacher": teacher, "projection": bridge}
+    objective = Distillation(hidden=hidden, hidden_kind=kind, hidden_weight=2.0, project=True)
+    objective.bind(models)
+    chosen = batch.targets["tokens"] != -100
+    streams = []
+    for m, stop in ((student, "b1.mlp"), (teacher, None)):
+        x, ctx = m.embed(batch)
+        streams.append(m.run(x, ctx, stop=stop)[0][chosen])
+    ours, theirs = streams[0] @ bridge.weights["b0/attention"].T, streams[1]
+    if kind == "mse":
+        gap = (ours - theirs).square().mean(-1).sum()
+    else:
+        gap = (1 - (ours * theirs).sum(-1) / ours.norm(dim=-1) / theirs.norm(dim=-1)).sum()
+    kl = divergence(student(batch)[chosen], teacher(batch)[chosen])
+    loss = loss_of(objective, models, batch)
+    assert value(loss.total) == pytest.approx(value(kl + 2 * gap), rel=1e-5)
+    loss.total.backward()
+    assert bridge.weights["b0/attention"].grad.abs().sum() > 0
+
+
+def wide_model():
+    return build(
+        {
+            "stem": {"part": "token-embedding", "vocab": VOCAB, "width": 24, "std": 0.5},
+            "layers": [{"part": "attention", "heads": 2, "causal": True}, {"part": "mlp", "hidden": 24}],
+            "final_norm": "layernorm",
+            "head": {"part": "lm", "tied": True},
+        },
+        seed=2,
+    )
+
+
+def test_streams_of_two_widths_need_a_bridge():
+    models = {"model": model(), "teacher": wide_model()}
+    with pytest.raises(DataError, match="16 and 24 wide; say project=True"):
+        Distillation(hidden=["b0.attention"]).bind(models)
+    with pytest.raises(DataError, match="others="):
+        Distillation(hidden=["b0.attention"], project=True).bind(models)
+    with pytest.raises(DataError, match=r"b1\.mpl is none.*b1\.mlp"):
+        Distillation(hidden={"b0.attention": "b1.mpl"}).bind(models)
+    for options in ({"project": True}, {"hidden_kind": "mae"}):
+        with pytest.raises(SpecError):
+            Distillation(**options)
+
+
+def test_an_objective_is_made_from_its_description():
+    made = make({"name": "classification", "smoothing": 0.1})
+    assert isinstance(made, Classification) and made.smoothing == 0.1
+    assert make(made) is made and isinstance(make("causal-lm"), CausalLM)
+    with pytest.raises(SpecError, match="smoothing"):
+        make({"name": "classification", "smothing": 0.1})
+    with pytest.raises(SpecError, match="an objective is a name"):
+        make({"smoothing": 0.1})

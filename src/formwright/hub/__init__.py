@@ -27,7 +27,8 @@ def load(
     device: str | torch.device = "cpu",
     verify: bool = False,
 ) -> Any:
-    """The model of a directory, an installed package that carries weights, or a cached hub id; in eval mode.
+    """The model of a directory, one that comes with Formwright (``small-causal``, ``small-masked``), an installed
+    package that carries weights, or a cached hub id; in eval mode.
 
     download: fetch a hub id that is not cached. plugin: files with parts or surgeries that it needs. dtype: cast
     floats, e.g. ``"bfloat16"``. verify: compare the sha256 of every file of a Formwright directory.
@@ -54,16 +55,18 @@ def save(
     *,
     overwrite: bool = False,
     beside: Callable[[Path], None] | None = None,
+    store: str | torch.dtype | None = None,
     **extra: Any,
 ) -> Path:
     """Write a model (or system) as a directory that :func:`load` reads again, in one step; returns its path.
 
     An earlier Formwright directory is replaced (what is not part of the model, such as ``evidence/``, stays); any
     other directory that is not empty only with ``overwrite``. ``extra``: plain data kept beside the model: task,
-    metric, scores, command, notes. ``beside`` writes further files into the directory in the making. See
+    metric, scores, command, notes. ``beside`` writes further files into the directory in the making.
+    ``store``: the float type on disk, such as ``"float16"``; loaded, the model computes as before. See
     :func:`formwright.hub.native.write` for the errors.
     """
-    return native.write(model, directory, overwrite=overwrite, extra=extra, beside=beside)
+    return native.write(model, directory, overwrite=overwrite, extra=extra, beside=beside, store=_dtype(store))
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -1,4 +1,4 @@
-"""Where a model's files are: a directory, an installed package that carries weights, or a cached hub id.
+"""Where a model's files are: a directory, one of ours, an installed package with weights, or a cached hub id.
 
 Packages are found by their installation records and searched as files; none of their code runs. The hub's cache is
 read by its file layout (``models--ORG--NAME/refs`` and ``snapshots``), without the library. Nothing is downloaded
@@ -19,6 +19,10 @@ from formwright.kit.files import recover
 
 #: A file that makes a directory a model: ours, or Hugging Face's.
 RECORDS = ("formwright.json", "config.json")
+#: The package's own name, which is no model's.
+OURS = "formwright"
+#: The models that come with the package, a directory each.
+SHIPPED = Path(__file__).parent / "shipped"
 #: What a download brings: data only, no code and no pickles.
 DATA_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
@@ -26,9 +30,9 @@ DATA_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 def locate(name_or_path: str | os.PathLike[str], download: bool = False) -> Path:
     """The directory that holds the model ``name_or_path``.
 
-    A path to a directory; else the name of an installed distribution or package with weights (``-`` and ``_`` are
-    one); else the id of a model in the hub's cache; else, with ``download``, from the network. DataError otherwise,
-    with everything that was tried and the nearest known name.
+    A path to a directory; else the name of a model that comes with Formwright, of an installed distribution or package
+    with weights (``-`` and ``_`` are one); else the id of a model in the hub's cache; else, with ``download``, from the
+    network. DataError otherwise, with everything that was tried and the nearest known name.
     """
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
@@ -39,6 +43,8 @@ def locate(name_or_path: str | os.PathLike[str], download: bool = False) -> Path
         return path
     tried = [f"{path}: {_what_it_is(path)}"]
     plain = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".")
+    if plain and is_model(SHIPPED / name):
+        return SHIPPED / name
     if plain and "/" not in name:
         found, said = _in_package(name)
         if found is not None:
@@ -183,7 +189,7 @@ def _download(name: str) -> Path:
 
 def known_names() -> list[str]:
     """Models that can be named without a path: installed packages with weights and cached ids."""
-    found = set()
+    found = {folder.name for folder in SHIPPED.glob("*") if is_model(folder)}
     for distribution in importlib.metadata.distributions():
         listing = distribution.read_text(
             "RECORD"
@@ -194,4 +200,4 @@ def known_names() -> list[str]:
     if with_cache.is_dir():
         for entry in with_cache.glob("models--*"):
             found.add(entry.name.removeprefix("models--").replace("--", "/"))
-    return sorted(name for name in found if name)
+    return sorted(name for name in found - {OURS} if name)

@@ -58,13 +58,15 @@ def write(
     extra: Mapping[str, Any] | None = None,
     shard_size: int = tensors.SHARD,
     beside: Callable[[Path], None] | None = None,
+    store: torch.dtype | None = None,
     trace: Callable[[str], None] | None = None,
 ) -> Path:
     """Write ``model`` (a Model or System) as a directory in one step; returns its path.
 
     Files in an earlier directory of ours that are not part of the model (``evidence/``, ``adapters/``, a read-me) stay.
     ``extra``: plain data under task, metric, scores, command, notes. ``beside`` is given the directory in the making,
-    to write a report or a card into it that belongs to the same step. ``trace`` is told every step.
+    to write a report or a card into it that belongs to the same step. ``store``: a smaller float type that numbers lie
+    in on disk; a loaded model computes in the type this one computes in. ``trace`` is told every step.
 
     Raises DataError for NaN weights, a model changed outside surgeries, a full disk, or a directory that is not ours
     and not empty (unless ``overwrite``); SpecError for data that JSON cannot say. Nothing is changed then.
@@ -74,6 +76,9 @@ def write(
     held = tensors.named(model)
     record = _record(model, held, extra or {})
     _check(model, held)
+    if store is not None:
+        record["floats"] = _float_of(held)
+        held = _stored(held, store)
     with replacing(
         path, ours=is_ours, overwrite=overwrite, need=sum(t.nbytes for t in held.values()), trace=trace
     ) as made:
@@ -107,6 +112,23 @@ def _check(model: Any, held: Mapping[str, Tensor]) -> None:
     shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in held.items()}
     problems = tensors.misfits(shapes, stated, "not saved, because the model is not what its spec and history say")
     all_of(DataError, problems)
+
+
+def _float_of(held: Mapping[str, Tensor]) -> str:
+    """The one float type of a model's tensors; SpecError where there are several, which one type on disk would mix."""
+    kinds = sorted({str(t.dtype).removeprefix("torch.") for t in held.values() if t.is_floating_point()})
+    if len(kinds) > 1:
+        raise SpecError(f"store needs a model of one float type; this one has {', '.join(kinds)}")
+    return kinds[0] if kinds else "float32"
+
+
+def _stored(held: Mapping[str, Tensor], store: torch.dtype) -> dict[str, Tensor]:
+    """The tensors as they lie on disk; DataError for values that ``store`` cannot say."""
+    found = {name: t.detach().to(store) if t.is_floating_point() else t for name, t in held.items()}
+    wide = [name for name, tensor in found.items() if not tensors.finite(tensor)]
+    if wide:
+        raise DataError(f"values of {tensors.listing(wide)} are beyond {str(store).removeprefix('torch.')}: not saved")
+    return found
 
 
 def _record(model: Any, held: Mapping[str, Tensor], extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,7 +193,8 @@ def _keep(old: Path, made: Path) -> None:
 def manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """``formwright.json`` as plain data, checked for form and version; DataError otherwise."""
     path = Path(directory) / RECORD
-    optional = {"labels": dict, "texts": dict, "plugins": list, "name": str, "spec": dict, "system": dict}
+    words, objects = ("name", "floats"), ("labels", "texts", "spec", "system")
+    optional = {"plugins": list, **dict.fromkeys(words, str), **dict.fromkeys(objects, dict)}
     record = read_record(path, {"history": list}, optional)
     if ("spec" in record) == ("system" in record):
         raise DataError(f"{path} must hold a spec or a system")
@@ -256,6 +279,9 @@ def _read(path: Path, plugins: Sequence[Any], device: Any, verify: bool, check_f
     if not files:
         raise DataError(f"{path / RECORD} lists no model.safetensors")
     values = tensors.read(files, tensors.named(model), device, check_finite)
+    if "floats" in record:
+        used = getattr(torch, record["floats"])
+        values = {name: value.to(used) if value.is_floating_point() else value for name, value in values.items()}
     trains = record.get("trains", "all")
     chosen = None if trains == "all" else set(trains)
     tensors.put(model, values, lambda name, _: chosen is None or name in chosen)

@@ -81,6 +81,21 @@ class Tokenizer:
         return self._special("bos_token")
 
     @property
+    def mask_id(self) -> int | None:
+        """The token that stands for one to be guessed, or None."""
+        return self._special("mask_token")
+
+    @property
+    def special_ids(self) -> set[int]:
+        """Ids of the tokens that stand for no text: padding, begin, end, classifier, separator, mask."""
+        names = ("pad_token", "bos_token", "eos_token", "cls_token", "sep_token", "mask_token")
+        return {id for id in map(self._special, names) if id is not None}
+
+    def tokens(self) -> list[str]:
+        """The pieces by id, as the vocabulary writes them."""
+        return [self.backend.id_to_token(id) or "" for id in range(self.size)]
+
+    @property
     def size(self) -> int:
         return self.backend.get_vocab_size(with_added_tokens=True)
 

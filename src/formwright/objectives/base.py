@@ -11,14 +11,18 @@ micro-batches and divides once by the sum of their counts, so cutting a batch in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from formwright.kit.errors import DataError, SpecError
+from formwright import registry
+from formwright.kit.errors import DataError, SpecError, all_of, unknown
 from formwright.models.batch import EMPTY, Batch, Loss
 from formwright.models.model import Model
 from formwright.models.system import System
@@ -30,6 +34,8 @@ Models = Mapping[str, Any]
 Back = Callable[[Mapping[str, Loss]], None]
 #: Logits held at once by objectives over a vocabulary, in numbers (2^25 float32 are 128 MiB).
 LOGITS = 1 << 25
+#: The target of what is not to be predicted.
+IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,11 @@ class Objective:
 
     others: Mapping[str, Literal["frozen", "ema", "trained"]] = EMPTY
 
+    @property
+    def additive(self) -> bool:
+        """Whether the losses of parts of a batch sum to that of the whole, as nearly always."""
+        return True
+
     def bind(self, models: Models) -> None:
         """Every complaint about the models (a missing head, widths that differ) before any work."""
 
@@ -72,12 +83,40 @@ class Objective:
         back(losses)
         return losses
 
+    def items(self, models: Models, batch: Batch, gen: Gen) -> Tensor:
+        """(B,) how many of the items that ``loss`` counts come from each row, so that they sum to its count.
+
+        Unless overridden: a row's tokens or labels with a target, or 1 where the batch has none of these.
+        """
+        wanted = batch.targets.get("tokens", batch.targets.get("label"))
+        sizes = sizes_of(batch)
+        if wanted is None or wanted.dim() == 1:
+            return torch.ones_like(sizes) if wanted is None else (wanted != IGNORED).long()
+        chosen = (wanted != IGNORED).long()
+        if not batch.offsets:
+            return chosen.sum(1)
+        return torch.stack([part.sum() for part in chosen[0].split(sizes.tolist())])
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must keep of it: plain data and tensors."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The opposite of :meth:`state_dict`."""
+
+
+def make(what: Any) -> Objective:
+    """An objective from a name, ``{"name": ..., options}`` or an objective; SpecError for unknown names and options."""
+    if isinstance(what, Objective):
+        return what
+    options = {"name": what} if isinstance(what, str) else dict(what) if isinstance(what, Mapping) else {}
+    name = options.pop("name", None)
+    if name is None:
+        raise SpecError(f"an objective is a name or {{'name': NAME, options}}, not {what!r}")
+    target = registry.resolve("objective", name)
+    known = list(inspect.signature(target).parameters)
+    all_of(SpecError, [f"{name}: " + unknown("option", key, known) for key in options if key not in known])
+    return target(**options)
 
 
 def head_of(model: Any, kinds: tuple[str, ...], wanted: str, named: str | None = None) -> tuple[str, Any]:
@@ -123,9 +162,53 @@ def last_states(
     return (x if owner.final_norm is None else owner.final_norm(x)), ctx, found
 
 
-def listening(aux: bool = True) -> Notes | None:
-    """Notes that collect the auxiliary losses which parts declare."""
-    return Notes() if aux else None
+def tokens_of(batch: Batch) -> str:
+    """The name of the input whose rows are counted: the first that lengths or offsets are given for, else the first."""
+    return next(iter(batch.offsets or batch.lengths or batch.inputs))
+
+
+def sizes_of(batch: Batch) -> Tensor:
+    """(B,) the real tokens of each row, or of each document where the batch is packed."""
+    field = tokens_of(batch)
+    if batch.offsets:
+        return batch.offsets[field].diff()
+    held = batch.inputs[field]
+    full = torch.full(held.shape[:1], held.shape[1] if held.dim() > 1 else 1, device=held.device)
+    return batch.lengths.get(field, full)
+
+
+def spans_of(batch: Batch, tokens: Tensor) -> Iterator[tuple[int, slice]]:
+    """Where each row's real tokens stand in ``tokens`` (B, L), or (1, T) packed."""
+    sizes = sizes_of(batch).tolist()
+    start = 0
+    for row, size in enumerate(sizes):
+        yield (0, slice(start, start + size)) if batch.offsets else (row, slice(0, size))
+        start += size
+
+
+#: What the passes of objectives also record while somebody listens in, and the notes they have taken.
+_heard: ContextVar[tuple[Any, list[Notes]] | None] = ContextVar("heard", default=None)
+
+
+@contextmanager
+def hearing(want: Any) -> Iterator[list[Notes]]:
+    """Within, the passes of objectives record ``want`` too; the notes of each are added to the list."""
+    found: list[Notes] = []
+    token = _heard.set((want, found))
+    try:
+        yield found
+    finally:
+        _heard.reset(token)
+
+
+def listening() -> Notes:
+    """Notes that collect the auxiliary losses which parts declare, and what is heard by :func:`hearing`."""
+    heard = _heard.get()
+    if heard is None:
+        return Notes()
+    notes = Notes(want=heard[0])
+    heard[1].append(notes)
+    return notes
 
 
 def with_auxiliary(total: Tensor, count: Tensor, notes: Notes | None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -134,6 +217,17 @@ def with_auxiliary(total: Tensor, count: Tensor, notes: Notes | None) -> tuple[T
         return total, {}
     extra = torch.stack([loss.float() for loss in notes.losses]).sum() * count
     return total + extra, {"auxiliary": extra.detach()}
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in float32, or in float64 where it is that already: what losses are computed in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def carrying(value: Tensor, tensors: Iterable[Tensor], gradients: Iterable[Tensor]) -> Tensor:
+    """A scalar equal to ``value`` whose backward pass hands ``gradients`` to ``tensors``."""
+    given = torch.stack([(wide(t) * wide(g.detach())).sum() for t, g in zip(tensors, gradients)]).sum()
+    return value.detach() + (given - given.detach())
 
 
 def token_chunks(count: int, vocab: int, most: int = LOGITS) -> Iterator[slice]:

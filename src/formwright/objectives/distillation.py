@@ -5,14 +5,15 @@ For heads that give vectors, a sum over rows of
     cosine * (1 - cos(s, t)) + mse * |s - t|^2 + states * mean over tokens of |h_s - h_t|^2 / |h_t|^2
 
 with the teacher's vector t and its last states h_t; for heads that give logits, a sum over tokens (or rows) of
-``T^2 KL(softmax(t / T) || softmax(s / T))``. ``hidden`` adds the relative error of the stream after chosen items.
+``T^2 KL(softmax(t / T) || softmax(s / T))``. ``hidden`` adds the difference of the streams after chosen items, which
+trained projections bring to one width where the models differ (Romero et al., 2015, 1412.6550).
 Cost: one pass of the teacher, unless the batch already carries what it said: ``targets["teacher"]``, its head's answer
 a row, and ``targets["teacher.states"]`` (shape of the tokens, W). Logits of tokens are made chunk by chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from formwright.kit.errors import DataError, SpecError
+from formwright.kit.errors import DataError, SpecError, nearest
 from formwright.models.batch import Batch, Loss
 from formwright.objectives import base
+from formwright.objectives._hidden import Same, check_kind, difference, relative_error
 from formwright.objectives.base import Gen, Models, Objective
 from formwright.objectives.causal_lm import summed_nll, vocabulary
 from formwright.parts.context import Context
@@ -37,7 +39,11 @@ class Distillation(Objective):
 
     Args:
         cosine, mse, states: weights for heads that give vectors. temperature: T, for heads that give logits.
-        hidden: item ids after which the streams are compared; hidden_weight: weight of their mean relative error.
+        hidden: item ids after which the streams are compared, or {our id: the teacher's}; hidden_weight: weight of
+            their mean difference; hidden_kind: ``relative``, ``mse`` or ``cosine``, see
+            :mod:`formwright.objectives._hidden`.
+        project: bring our streams to the teacher's width by linears that are trained with the model; pass
+            ``others={"projection": projections(student, teacher, hidden)}`` as well.
         hard: weight of the ordinary cross entropy with ``targets["tokens"]`` or ``targets["label"]``, 0 to 1; the
             teacher's part weighs 1 - hard.
         begin: item id before which the model is the teacher's equal and fixed: every batch carries the stream there as
@@ -53,8 +59,10 @@ class Distillation(Objective):
         mse: float = 0.0,
         states: float = 0.0,
         temperature: float = 1.0,
-        hidden: tuple[str, ...] | list[str] = (),
+        hidden: tuple[str, ...] | list[str] | Mapping[str, str] = (),
         hidden_weight: float = 1.0,
+        hidden_kind: str = "relative",
+        project: bool = False,
         hard: float = 0.0,
         begin: str | None = None,
         head: str | None = None,
@@ -64,18 +72,25 @@ class Distillation(Objective):
             raise SpecError(f"temperature={temperature} must be above 0")
         self.cosine, self.mse, self.states = cosine, mse, states
         self.temperature, self.hard = temperature, base.check_unit("hard", hard, 0.0, 1.0)
-        self.hidden, self.hidden_weight = tuple(hidden), hidden_weight
-        if begin is not None and self.hidden:
+        self.hidden = dict(hidden) if isinstance(hidden, Mapping) else tuple(hidden)
+        self.hidden_weight, self.hidden_kind, self.project = hidden_weight, check_kind(hidden_kind), project
+        self.pairs = dict(hidden) if isinstance(hidden, Mapping) else {id: id for id in hidden}
+        if project and not self.pairs:
+            raise SpecError("distillation: project brings hidden streams to one width; say which with hidden")
+        if project:
+            self.others = {**self.others, "projection": "trained"}
+        if begin is not None and self.pairs:
             raise SpecError("distillation: begin leaves out the items that hidden may compare; give one of them")
         self.begin, self.head, self.logits = begin, head, logits
 
     def bind(self, models: Models) -> None:
         name, head = self.head_of(models["model"])
         owner = base.reader(models["model"])
-        tops = [item.id for item in owner.items()]
-        problems = [f"distillation compares after items of the top list; {id} is none" for id in self.hidden]
-        problems = [line for id, line in zip(self.hidden, problems) if id not in tops]
         teacher = models.get("teacher")
+        problems = self._misplaced(owner, self.pairs)
+        if teacher is not None:
+            problems += self._misplaced(base.reader(teacher), self.pairs.values())
+            problems += self._unlike(owner.width, base.reader(teacher).width, models.get("projection"))
         if teacher is not None:
             other = base.reader(teacher).head(name) if name in base.reader(teacher).heads else self.head_of(teacher)[1]
             if other.kind != head.kind:
@@ -87,6 +102,27 @@ class Distillation(Objective):
         if problems:
             raise DataError("\n".join(problems))
 
+    @staticmethod
+    def _misplaced(owner: Any, ids: Iterable[str]) -> list[str]:
+        """A sentence for every id that is no item of the top list."""
+        tops = [item.id for item in owner.items()]
+        return [
+            f"distillation compares after items of the top list; {id} is none{nearest(id, tops)}"
+            for id in ids
+            if id not in tops
+        ]
+
+    def _unlike(self, ours: int, theirs: int, projection: Any) -> list[str]:
+        """What is wrong about the widths of hidden streams."""
+        if self.pairs and not self.project and ours != theirs:
+            return [f"distillation: hidden streams are {ours} and {theirs} wide; say project=True"]
+        if self.project and projection is None:
+            return [
+                "distillation with project=True trains linears: pass others={'projection': projections(student, "
+                "teacher, hidden)} (formwright.objectives._hidden.projections)"
+            ]
+        return []
+
     def head_of(self, model: Any) -> tuple[str, Any]:
         return base.head_of(model, KINDS, "distillation", self.head)
 
@@ -97,7 +133,7 @@ class Distillation(Objective):
         begin = None
         if self.begin is not None:
             begin = (self.begin, base.target(batch, "teacher.stream", "distillation"))
-        x, ctx, seen = base.last_states(model, batch, self.hidden, begin, notes=notes, **gen.context())
+        x, ctx, seen = base.last_states(model, batch, tuple(self.pairs), begin, notes=notes, **gen.context())
         said = self._teacher(models, batch, head.kind, ctx)
         if head.kind in ("vectors", "states"):
             total, count, parts = self._vectors(head, x, ctx, said)
@@ -105,9 +141,13 @@ class Distillation(Objective):
             total, count, parts = self._tokens(head, x, ctx, said, batch)
         else:
             total, count, parts = self._rows(head, x, ctx, said, batch)
-        if self.hidden:
+        if self.pairs:
             chosen = self._chosen(x, ctx, batch) if head.kind == "tokens" else None
-            gaps = [relative_error(seen[id], said["hidden"][id], ctx, chosen) for id in self.hidden]
+            bridge = models["projection"] if self.project else Same()
+            gaps = [
+                difference(self.hidden_kind, bridge(our, seen[our]), said["hidden"][their], ctx, chosen)
+                for our, their in self.pairs.items()
+            ]
             gap = torch.stack(gaps).mean()
             total = total + self.hidden_weight * gap
             parts["hidden"] = gap.detach()
@@ -129,12 +169,12 @@ class Distillation(Objective):
             "hidden": {},
         }
         needs = {"states"} if kind in ("tokens", "states") else {"answer", "states"} if self.states else {"answer"}
-        if not self.hidden and all(said[name] is not None for name in needs) and (kind != "tokens" or teacher):
+        if not self.pairs and all(said[name] is not None for name in needs) and (kind != "tokens" or teacher):
             return {**said, "head": None if teacher is None else self.head_of(teacher)[1], "ctx": ctx}
         if teacher is None:
             raise DataError("distillation needs a teacher: pass others={'teacher': model}")
         with torch.no_grad():
-            x, own, seen = base.last_states(teacher, batch, self.hidden)
+            x, own, seen = base.last_states(teacher, batch, tuple(self.pairs.values()))
             _, head = self.head_of(teacher)
             answer = None if kind == "tokens" else head(x, own)
             return {"answer": answer, "states": x, "hidden": seen, "head": head, "ctx": own}
@@ -201,17 +241,3 @@ def divergence(ours: Tensor, theirs: Tensor, temperature: float = 1.0) -> Tensor
     """T^2 KL(softmax(theirs / T) || softmax(ours / T)), summed over all rows (N, C)."""
     p, q = (F.log_softmax(t.float() / temperature, -1) for t in (theirs, ours))
     return F.kl_div(q, p, reduction="sum", log_target=True) * temperature**2
-
-
-def relative_error(ours: Tensor, theirs: Tensor, ctx: Context, chosen: Tensor | None = None) -> Tensor:
-    """|ours - theirs|^2 / |theirs|^2 of each token, summed over the ``chosen`` (B, L) tokens, or without them each
-    row's mean, summed over rows; an empty row counts 0."""
-    theirs = theirs.to(ours.dtype)
-    gap = (ours - theirs).square().sum(-1) / theirs.square().sum(-1).clamp(min=1e-12)
-    if chosen is not None:
-        return gap[chosen].sum()
-    if ctx.offsets is not None:
-        sizes = ctx.offsets.diff()
-        return (torch.segment_reduce(gap[0], "sum", lengths=sizes) / sizes.clamp(min=1)).sum()
-    valid = ctx.valid(ours)
-    return (torch.where(valid, gap, 0.0).sum(1) / valid.sum(1).clamp(min=1)).sum()

@@ -14,12 +14,16 @@ from formwright.models.tokenizer import Tokenizer
 
 #: Begins and ends a text, and pads: one token is enough, since padding is never read.
 END = "<|endoftext|>"
+#: Stands for a token that is to be guessed.
+MASK = "<|mask|>"
 #: 256 bytes and the special token.
 LEAST = 257
 
 
-def train_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab: int, mask: bool = False) -> Tokenizer:
     """A byte-level BPE tokenizer of at most ``vocab`` tokens, with id 0 for begin, end and padding.
+
+    ``mask`` adds a token, id 1, that stands for one to be guessed.
 
     It may stay smaller where the texts have no more pairs that occur twice; its ``size`` tells. Encoding adds no
     special token, and decoding gives every text back exactly.
@@ -29,8 +33,10 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    if vocab < LEAST:
-        raise SpecError(f"vocab={vocab} must be at least {LEAST}: 256 bytes and one special token")
+    special = [END, MASK] if mask else [END]
+    if vocab < LEAST - 1 + len(special):
+        least = f"{LEAST - 1 + len(special)}: 256 bytes and {'two special tokens' if mask else 'one special token'}"
+        raise SpecError(f"vocab={vocab} must be at least {least}")
     texts = list(texts)
     if not any(texts):
         raise DataError("a tokenizer is trained on texts, and all given ones are empty")
@@ -40,12 +46,14 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
         min_frequency=2,
-        special_tokens=[END],
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
     settings = {"bos_token": END, "eos_token": END, "pad_token": END, "tokenizer_class": "PreTrainedTokenizerFast"}
+    if mask:
+        settings["mask_token"] = MASK
     files = {
         "tokenizer.json": backend.to_str().encode(),
         "tokenizer_config.json": (json.dumps(settings, indent=1) + "\n").encode(),

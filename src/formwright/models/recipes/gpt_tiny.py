@@ -22,13 +22,16 @@ def gpt_tiny(
     hidden: int | None = None,
     theta: float = 10_000.0,
     dropout: float = 0.0,
+    causal: bool = True,
 ) -> dict[str, Any]:
-    """A causal decoder; ``hidden`` defaults to 8/3 width rounded up to a multiple of 32. No limit on length."""
+    """A causal decoder, or an encoder of the same form; ``hidden`` defaults to 8/3 width rounded up to a multiple of
+    32. No limit on length."""
     if width < 1 or heads < 1 or width % heads:
         raise SpecError(f"recipe gpt-tiny: heads={heads} must divide width={width}")
     hidden = hidden or -(-8 * width // (3 * 32)) * 32
     rate = {"dropout": dropout} if dropout else {}
-    attention = {"part": "attention", "heads": heads, "causal": True, "bias": False, "rotary": {"theta": theta}, **rate}
+    rotary = {"theta": theta}
+    attention = {"part": "attention", "heads": heads, "causal": causal, "bias": False, "rotary": rotary, **rate}
     if kv_heads is not None:
         attention["kv_heads"] = kv_heads
     return {
