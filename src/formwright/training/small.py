@@ -3,7 +3,7 @@
 A byte-level BPE of 2048 pieces is trained on the standard library's text and code (split *calibrate* of ``lm/stdlib``),
 then ``small-causal`` from random numbers, then ``small-masked`` from it. Each is scored on modules it has not seen,
 beside what counting tokens and pairs of tokens gives, and written in half precision with a card that says all this.
-One thread, one Python and one PyTorch give the same bits again. Cost: about 35 minutes on one core of a laptop.
+One thread, one Python and one PyTorch give the same bits again. Cost: about 25 minutes on one core of a small server.
 """
 
 from __future__ import annotations
