@@ -25,6 +25,8 @@ Run = Callable[..., tuple[Tensor, Tensor]]
 #: Heads and their width, batch 1.
 HEADS, WIDTH = 4, 64
 BAR = 0.999999
+#: How many times faster than its peer each was meant to be, from that many tokens up.
+LEAST, FROM = {"train": 2, "infer": 1}, 1024
 
 
 def main() -> None:
@@ -66,7 +68,8 @@ def training(length: int, rounds: int) -> list[dict[str, Any]]:
     runs: dict[str, Run] = {"formwright": delta_rule, "transformers": peer}
     agreement = {name: agree(gradients(run, inputs, d_out), wanted) for name, run in runs.items()}
     contenders = {name: lambda run=run: gradients(run, inputs, d_out) for name, run in runs.items()}
-    return race("delta-rule", f"train {length}", contenders, agreement, BAR, "transformers", rounds)
+    least = {"formwright": LEAST["train"]} if length >= FROM else {}
+    return race("delta-rule", f"train {length}", contenders, agreement, BAR, "transformers", rounds, least=least)
 
 
 def inference(lengths: list[int], given: Any) -> list[dict[str, Any]]:
@@ -85,8 +88,9 @@ def inference(lengths: list[int], given: Any) -> list[dict[str, Any]]:
                 "formwright": lambda q=q, k=k, v=v, beta=beta: delta_rule(q, k, v, beta),
                 "causal attention": lambda heads=heads: F.scaled_dot_product_attention(*heads, is_causal=True),
             }
-            shape = f"infer {length}"
-            lines += race("delta-rule", shape, contenders, agreement, BAR, "causal attention", given.rounds)
+            least = {"formwright": LEAST["infer"]} if length >= FROM else {}
+            shape, peer = f"infer {length}", "causal attention"
+            lines += race("delta-rule", shape, contenders, agreement, BAR, peer, given.rounds, least=least)
     return lines
 
 

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.harness import arguments, race, show
+from benchmarks.harness import PAUSE, Line, arguments, race, set_bar, show, spread, verdict
 from benchmarks.mamba import PASS, cosine, ids, model, size, transformer
 from benchmarks.worker import Worker
 from formwright import registry
-from formwright.measure import alternate
+from formwright.measure import Timing, alternate
 from formwright.measure.machine import machine
 
 #: Tokens of the one pass, of a piece of the stream that it is compared with, and the most memory in MiB.
@@ -44,8 +44,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bigbird": {"heads": 4, "block": 64},
     "deltanet": {"heads": 1},
     "linear-attention": {"heads": 4, "causal": True},
+    "local": {"heads": 4, "block": 64, "lookback": 1, "causal": True, "rotary": {}},
     "mamba": {},
     "mamba2": {"head_width": 32},
+    "reformer": {"heads": 4, "chunk": 64, "buckets": 64, "rounds": 2},
+    "spiking-lmu": {},
 }
 
 
@@ -61,7 +64,7 @@ def main() -> None:
         kinds[name](options)
 
 
-def say(line: dict[str, Any], text: str, as_json: bool) -> None:
+def say(line: Line, text: str, as_json: bool) -> None:
     print(json.dumps({**line, "machine": machine()}) if as_json else f"  {text}", flush=True)
 
 
@@ -74,13 +77,14 @@ def memory(options: Any) -> None:
         worker.prepare(LONG)
         peak, seconds, agreement = map(float, worker.vectors())
         worker.close()
-        line = {"benchmark": "length memory", "contender": name, "tokens": LONG, "agreement": agreement}
+        line: Line = {"benchmark": "length memory", "contender": name, "tokens": LONG, "agreement": agreement}
         if agreement < BAR:
             say({**line, "wrong": f"agreement below {BAR}"}, f"{name}: wrong, agreement {agreement:.4f}", options.json)
             continue
-        verdict = "within" if peak <= MOST else "above"
-        text = f"{name:<12} {LONG:,} tokens: peak {peak:,.0f} MiB ({verdict} {MOST:,}), {seconds:.1f} s"
-        say({**line, "peak_mib": peak, "seconds": seconds}, f"{text}, agreement {agreement:.6f}", options.json)
+        line |= {"peak_mib": peak, "seconds": seconds}
+        set_bar(line, f"at most {MOST:,} MiB", peak <= MOST, f"{peak:,.0f} MiB")
+        text = f"{name:<12} {LONG:,} tokens: peak {peak:,.0f} MiB ({verdict(line)}), {seconds:.1f} s"
+        say(line, f"{text}, agreement {agreement:.6f}", options.json)
 
 
 def mamba_pass(threads: int) -> Callable[[int], Callable[[], np.ndarray]]:
@@ -120,15 +124,22 @@ def passed(made: Any, length: int) -> np.ndarray:
 def growth(options: Any) -> None:
     for name, part in linear_mixers(options.mixers):
         inputs = [torch.randn(1, length, WIDTH, generator=torch.Generator().manual_seed(0)) for length in LENGTHS]
-        exponent, seconds, agreement = grown(part, inputs, options.rounds)
-        line = {"benchmark": "length growth", "contender": name, "agreement": agreement}
+        exponent, timings, agreement = grown(part, inputs, options.rounds)
+        line: Line = {"benchmark": "length growth", "contender": name, "agreement": agreement}
         if agreement < BAR:
             say({**line, "wrong": f"agreement below {BAR}"}, f"{name}: wrong, agreement {agreement:.4f}", options.json)
             continue
-        times = {length: each * 1e3 for length, each in zip(LENGTHS, seconds)}
+        times = {length: timing.best * 1e3 for length, timing in zip(LENGTHS, timings)}
+        worst = max(timings, key=lambda timing: timing.spread)
         shown = ", ".join(f"{length:,}: {ms:.1f}" for length, ms in times.items())
-        text = f"{name:<18} exponent {exponent:.2f}{'' if exponent <= STEEPEST else ' (!)'}   ms {shown}"
-        say({**line, "exponent": exponent, "ms": times}, text, options.json)
+        line |= {"exponent": exponent, "ms": times}
+        line |= {"rounds": options.rounds, "spread": worst.spread, "noisy": worst.noisy}
+        set_bar(line, f"at most {STEEPEST:g}", exponent <= STEEPEST, f"exponent {exponent:.2f}")
+        say(
+            line,
+            f"{name:<18} exponent {exponent:.2f} ({verdict(line)})   ms {shown}   spread {spread(line)}",
+            options.json,
+        )
 
 
 def linear_mixers(wanted: list[str] | None) -> Iterator[tuple[str, Any]]:
@@ -147,17 +158,18 @@ def linear_mixers(wanted: list[str] | None) -> Iterator[tuple[str, Any]]:
 
 
 @torch.inference_mode()
-def grown(part: Any, inputs: list[Tensor], rounds: int) -> tuple[float, list[float], float]:
-    """The exponent, the least seconds for each input, and the agreement of the shortest with the longest."""
+def grown(part: Any, inputs: list[Tensor], rounds: int) -> tuple[float, list[Timing], float]:
+    """The exponent of the best rounds, the times of each input, and the agreement of the shortest with the longest."""
     from formwright.parts.context import Context
 
     ctx = Context(path="mixer", seed=0)
     short, long = part(inputs[0], ctx), part(inputs[-1], ctx)
     agreement = alike(long[:, : short.shape[1]], short) if part.traits.causal else float(long.isfinite().all())
     runs = {str(x.shape[1]): partial(part, x, ctx) for x in inputs}
-    seconds = [timing.best for timing in alternate(runs, rounds=rounds, warmup=1, pause=0.02).values()]
-    exponent = np.polyfit([math.log(length) for length in LENGTHS], np.log(seconds), 1)[0]
-    return float(exponent), seconds, agreement
+    timings = list(alternate(runs, rounds=rounds, warmup=1, pause=PAUSE).values())
+    best = [math.log(timing.best) for timing in timings]
+    exponent = np.polyfit([math.log(length) for length in LENGTHS], best, 1)[0]
+    return float(exponent), timings, agreement
 
 
 # ---------------------------------------------------------------------- training
@@ -169,7 +181,10 @@ def train(options: Any) -> None:
     agreement = {name: faithful(one) for name, one in zip(names, made)}
     given = ids(1, TRAINED)
     contenders = {name: partial(gradients, one, given) for name, one in zip(names, made)}
-    show(race("length train", f"1 x {TRAINED}", contenders, agreement, BAR, names[0], options.rounds), options.json)
+    lines = race(
+        "length train", f"1 x {TRAINED}", contenders, agreement, BAR, names[0], options.rounds, least={names[1]: 1}
+    )
+    show(lines, options.json)
 
 
 def gradients(made: Any, given: Tensor) -> list[Tensor]:

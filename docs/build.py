@@ -15,7 +15,6 @@ A verb's options are read from the annotations that the command line itself pars
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from formwright import registry
 from formwright.cli.main import verbs
 from formwright.cli.new import render
 from formwright.kit.files import write_atomic
+from formwright.kit.markdown import cell, table
 from formwright.parts.make import make_part
 
 HERE = Path(__file__).resolve().parent
@@ -130,23 +130,6 @@ what may train gets a gradient, and a model laid out anew from the history with 
 to the last bit. A pair that makes no sense is refused before any work, with the sentence given below.
 """
 
-BENCHMARKS = """# Benchmarks
-
-The contenders of a shape alternate in one run with one thread budget, each in a process of its own; agreement with the
-float32 reference is checked before anything is timed. A ratio above 1 is faster, by medians; beside it by the best
-rounds, and the spread of the rounds. The fastest comes first, and what could not run says why.
-
-*Encode* is all-MiniLM-L6-v2 on the same ids in the same batches: *full* is 32 rows of 128 tokens, *natural* documents
-of `retrieval/stdlib` sorted by length, 32 a batch, *single* one query of six tokens, 20 calls in a row before the next
-contender's turn, *cold* the same query, one call a turn: after fifteen other processes each finds its weights (11 MB in
-8 bits) and its code in no cache. Cosine is the mean to the float32 vectors of `transformers`; same neighbour the share
-of texts whose nearest other text stays the same; metric kept the share of its MRR@10 on the task's test split, scored
-apart from the times, with the standard error of the paired difference. A contender called by a directory is what `slim`
-wrote there. Ready in is what importing, loading and converting took.
-
-    python docs/build.py --bench        (after pip install -e ".[bench]")
-"""
-
 #: What each kind is, in a sentence.
 KINDS = {
     "mixer": "Parts that let tokens read each other.",
@@ -169,16 +152,6 @@ KINDS = {
     "proof": "Published claims, scaled to a small machine, with what was measured on it.",
     "verb": "Commands; see [the command line](cli.md).",
 }
-
-
-def cell(text: Any) -> str:
-    """Text as a cell of a Markdown table, in one line."""
-    return " ".join(str(text).replace("|", "\\|").replace("``", "`").split())
-
-
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    head = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
-    return "\n".join(head + [f"| {' | '.join(row)} |" for row in rows])
 
 
 # ---------------------------------------------------------------------- the command line
@@ -328,58 +301,10 @@ def composition_page() -> str:
     return f"{MARK}\n{COMPOSITION}\n{matrix.table()}"
 
 
-#: Benchmark -> its options for the page. Peers that are not installed are listed with the reason.
-BENCHES = {"encode": ["--peers", "--score", "--texts", "1000"], "start": []}
-
-
-def benchmark_lines(files: list[str]) -> list[dict[str, Any]]:
-    """The lines in ``files``, or of every benchmark, each in a process of its own."""
-    outputs = [Path(name).read_text(encoding="utf-8") for name in files]
-    for name, options in {} if files else BENCHES.items():
-        command = [sys.executable, "-m", f"benchmarks.{name}", "--json", *options]
-        outputs.append(subprocess.run(command, cwd=HERE.parent, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    return [json.loads(line) for text in outputs for line in text.splitlines() if line.startswith("{")]
-
-
 def benchmarks_page(files: list[str]) -> str:
-    """Every benchmark's lines as tables."""
-    text = [f"{MARK}\n{BENCHMARKS}"]
-    found: dict[str, list[dict[str, Any]]] = {}
-    for line in benchmark_lines(files):
-        found.setdefault(line["benchmark"], []).append(line)
-    for name, lines in found.items():
-        here = lines[0]["machine"]
-        about = f"{here['cpu']}, {here['threads']} threads, {', '.join(here['flags'])}; torch {here['torch']}"
-        text += [f"## {name}", "", f"{about}; load {here['load']} when it ended.", ""]
-        for shape in dict.fromkeys(line["shape"] for line in lines):
-            raced = [line for line in lines if line["shape"] == shape]
-            texts = next((f", texts: {line['texts']:,}" for line in raced if "texts" in line), "")
-            text += [f"### {shape}{texts}", "", benchmark_table(raced), ""]
-    return "\n".join(text).rstrip() + "\n"
-
-
-def benchmark_table(lines: list[dict[str, Any]]) -> str:
-    """One shape: the fastest first, what did not run or was wrong last; columns that no line fills are left out."""
-    extras = {
-        "cosine": lambda line: f"{line['agreement']:.4f}" if line["benchmark"] == "encode" else "",
-        "same neighbour": lambda line: f"{line['neighbours']:.1%}" if line.get("neighbours") is not None else "",
-        "metric kept": lambda line: f"{line['kept']:.4f} ± {line['kept_error']:.4f}" if "kept" in line else "",
-        "ready in": lambda line: f"{line['ready']:.1f} s" if "ready" in line else "",
-    }
-    timed = sorted((line for line in lines if "wrong" not in line), key=lambda line: line["ms"])
-    used = {title: cells for title, cells in extras.items() if any(cells(line) for line in timed)}
-    rows = []
-    for line in timed:
-        spread = f"{line['spread']:.0%}" + (" (noisy)" if line["noisy"] else "")
-        figures = [f"{line['ms']:.1f}", f"{line['ratio']:.2f}x", f"{line['ratio_of_best']:.2f}x", spread]
-        rows.append([cell(line["contender"]), *figures, *(cells(line) for cells in used.values())])
-    rows += [
-        [cell(line["contender"]), "–", cell(line["wrong"]), "–", "–", *("–" for _ in used)]
-        for line in lines
-        if "wrong" in line
-    ]
-    peer = next(line["peer"] for line in timed)
-    return table(["contender", "median ms", f"against {peer}", "of best", "spread", *used], rows)
+    """What ``benchmarks.page`` makes of the lines in ``files``, or of running every benchmark."""
+    command = [sys.executable, "-m", "benchmarks.page", *(str(Path(name).resolve()) for name in files)]
+    return subprocess.run(command, cwd=HERE.parent, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 # ---------------------------------------------------------------------- the guide for contributors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import itertools
+import json
 import os
 import re
 import shlex
@@ -234,6 +235,34 @@ def builder() -> ModuleType:
 def test_generated_pages_are_fresh(name: str) -> None:
     made = builder().PAGES[name]()
     assert (DOCS / name).read_text(encoding="utf-8") == made, f"{name} is stale; run python docs/build.py"
+
+
+def test_lines_of_benchmarks_become_a_page(tmp_path: Path) -> None:
+    """A race that met one bar and missed another, a contender that was wrong, and growth over two lengths."""
+    here = {"cpu": "one", "threads": 2, "flags": ["avx2"], "torch": "2", "load": 0.1}
+    raced = {"benchmark": "delta-rule", "shape": "train 1024", "machine": here, "agreement": 1.0, "rounds": 3}
+    raced |= {"spread": 0.0, "noisy": False, "peer": "transformers"}
+    found = "5.00x transformers"
+    bars = [{"bar": f"at least {bar}x", "held": bar < 5, "found": found} for bar in (2, 9)]
+    mixer = {"benchmark": "length growth", "agreement": 1.0, "machine": here, "ms": {"4096": 1.0, "8192": 2.5}}
+    mixer |= {"rounds": 5, "spread": 0.2, "noisy": True}
+    lines = [
+        {**raced, "contender": "transformers", "ms": 50.0, "ratio": 1.0, "ratio_of_best": 1.0},
+        {**raced, "contender": "formwright", "ms": 10.0, "ratio": 5.0, "ratio_of_best": 4.0, "bars": bars},
+        {"benchmark": "delta-rule", "shape": "train 1024", "contender": "other", "machine": here, "wrong": "not it"},
+        {**mixer, "contender": "reformer", "exponent": 1.32, "bars": [{**bars[1], "bar": "at most 1.1"}]},
+    ]
+    file = tmp_path / "lines.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    page = builder().benchmarks_page([str(file)])
+    for row in (
+        "| DeltaNet, train 1024 | 5.00x transformers | at least 9x | **not held** |",
+        "| Growth of time, 1 mixers | exponents 1.32 to 1.32 | at most 1.1 | **not held** |",
+        "| 10.0 ms | transformers | 50.0 ms | 5.00x | 4.00x | – | at least 2x: held; at least 9x: not held |",
+        "| train 1024 | other | wrong: not it |",
+        "| reformer | 1.0 | 2.5 | 1.32 | 20% (noisy) | at most 1.1: not held |",
+    ):
+        assert row in page, page
 
 
 def test_cli_page_names_every_option() -> None:

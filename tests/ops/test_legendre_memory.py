@@ -6,9 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from conformance.counting import Counter
 from formwright.kit.errors import SpecError
 from formwright.ops import legendre_memory as op
-from formwright.ops.legendre_memory import legendre_memory, legendre_memory_reference, matrices
+from formwright.ops.legendre_memory import (
+    legendre_memory,
+    legendre_memory_macs,
+    legendre_memory_reference,
+    matrices,
+    reach,
+)
 
 
 @pytest.mark.parametrize(("order", "theta"), ((1, 4.0), (16, 8.0), (40, 128.0)))
@@ -60,6 +67,19 @@ def test_a_longer_row_recomputes_the_response_and_precision_holds() -> None:
     legendre_memory(u, 5, 11.0)[0].sum().backward()
     assert u.grad is not None
     assert legendre_memory(torch.randn(1, 9).bfloat16(), 5, 11.0)[0].dtype == torch.bfloat16
+
+
+def test_a_start_is_left_out_where_nothing_of_it_is_left() -> None:
+    """Two blocks, the last one shorter than what it begins with reaches; products are counted as they are made."""
+    assert reach(6, 9.0, op.BLOCK) < 200 and reach(6, 9.0, 3) == 3
+    u, start = torch.randn(1, op.BLOCK + 50, dtype=torch.float64), torch.randn(1, 6, dtype=torch.float64)
+    for given in (None, start):
+        wanted = legendre_memory_reference(u, 6, 9.0, given)
+        with Counter() as counted:
+            found = legendre_memory(u, 6, 9.0, given)
+        for mine, theirs in zip(found, wanted):
+            torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+        assert counted.macs == legendre_memory_macs(u.shape[1], 6, 9.0, given is not None)
 
 
 def test_what_stands_behind_a_row_changes_nothing() -> None:

@@ -14,7 +14,7 @@ from formwright.models.batch import EMPTY
 from formwright.parts import pieces
 from formwright.parts.context import Context, Notes
 
-NAMES = ("bimamba-s", "deltanet", "linear-attention", "mamba", "mamba2", "performer")
+NAMES = ("bimamba-s", "deltanet", "linear-attention", "lmu", "mamba", "mamba2", "performer", "spiking-lmu")
 CASES = [case for case in cases("mixer") if case.name in NAMES]
 LENGTHS = (29, 0, 1, 12, 8)
 

@@ -9,8 +9,10 @@ from torch.nn import functional as F
 
 from conformance.samples import WIDTH, draw
 from formwright.kit.errors import SpecError
+from formwright.parts.base import initialise
 from formwright.parts.context import Context, Visible
 from formwright.parts.make import make_part
+from formwright.parts.mixers import reformer
 from mixing import mixing_matrix, one_head, projections
 
 LENGTH = 30
@@ -57,12 +59,25 @@ def test_one_bucket_is_dense_attention_with_shared_queries_and_keys(see_self: bo
 
 def test_rounds_of_one_hash_are_one_round() -> None:
     part = one_head("reformer", chunk=4, buckets=6)
-    q, v = draw(1, 2, LENGTH, 8), draw(1, 2, LENGTH, 8, seed=1)
+    q, v = draw(1, LENGTH, 2, 8), draw(1, LENGTH, 2, 8, seed=1)
     real = torch.ones(1, LENGTH).bool()
     buckets = torch.randint(0, 6, (1, 2, 1, LENGTH), generator=torch.Generator().manual_seed(0))
     once = part.attend(q, v, buckets, real)
     part.rounds = 5
     torch.testing.assert_close(part.attend(q, v, buckets.expand(-1, -1, 5, -1), real), once, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", ({"rounds": 1}, {"rounds": 3}, {"rounds": 2, "causal": True, "same_bucket": True}))
+def test_parts_of_the_list_are_the_list(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One chunk at a time, as a long text would be taken without a gradient, and a text that fills none of them."""
+    part = make_part({"part": "reformer", "heads": 2, "chunk": 4, "buckets": 6, **options}, WIDTH)
+    initialise(part, 0)
+    part.double().eval()
+    x, ctx = draw(2, LENGTH + 1, WIDTH), Context(lengths=torch.tensor([LENGTH + 1, 5]))
+    whole = part(x, ctx).detach()
+    monkeypatch.setattr(reformer, "HELD", 1)
+    with torch.no_grad():
+        torch.testing.assert_close(part(x, ctx), whole, rtol=1e-12, atol=1e-12)
 
 
 def test_which_tokens_meet_depends_on_later_ones() -> None:

@@ -78,7 +78,7 @@ class Cell(nn.Module):
 
     def cost(self, shape: Shape) -> Cost:
         held = cost_sum([child.cost(shape) for _, child in costed(self)])
-        macs = sum(legendre_memory_macs(length, self.order, shape.past > 0) for length in shape.lengths)
+        macs = sum(legendre_memory_macs(length, self.order, self.theta, shape.past > 0) for length in shape.lengths)
         return held + Cost(0, macs, slot_bytes(self.slots(), len(shape.lengths), self))
 
 

@@ -122,9 +122,9 @@ def hashed_order(seed: int) -> Claim:
     changed = x.clone()
     changed[:, 60:] = drawn(1, 40, WIDTH, seed=seed + 1)
     token = (part(x, Context()) - part(changed, Context()))[0, :60].abs().amax(1)
-    (q, v), (_, other) = ([t.transpose(1, 2) for t in part.enter(rows, Context())] for rows in (x, changed))
-    buckets, real = part.hashed(q, Context()), torch.ones(1, 100, dtype=torch.bool)
-    value = (part.attend(q, v, buckets, real) - part.attend(q, other, buckets, real))[0, :, :60].abs().amax((0, 2))
+    (q, v), (_, other) = (part.enter(rows, Context()) for rows in (x, changed))
+    buckets, real = part.hashed(q.transpose(1, 2), Context()), torch.ones(1, 100, dtype=torch.bool)
+    value = (part.attend(q, v, buckets, real) - part.attend(q, other, buckets, real))[0, :60].abs().amax((1, 2))
     try:
         part(x, Context(visible=Visible(causal=True)))
         refused = False

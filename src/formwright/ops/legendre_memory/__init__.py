@@ -4,11 +4,13 @@ Voelker, Kajic and Eliasmith, 2019; the parallel form: Chilkuri and Eliasmith, 2
 one before it, because the impulse response H_t = transition^t drive is known: M = H * u, a causal convolution. Up to
 ``DIRECT`` steps it is one product with a Toeplitz matrix of u (no output depends, even by rounding, on a later input);
 up to ``BLOCK`` steps fast Fourier transforms along time, padded to twice the length; beyond that block after block,
-each with the answer to the memory that it begins with, transition^t M_0, by repeated doubling. H is computed in
-float64 once for each (order, theta), and again when a longer one is asked for.
+each with the answer to the memory that it begins with, transition^t M_0, by repeated doubling, until nothing is left
+of it after some ``theta`` steps. H is computed in float64 once for each (order, theta), and again when a longer one is
+asked for.
 
-Cost: B L min(L, DIRECT) order multiply-accumulates in the direct form, transforms of order x 2L values otherwise,
-and order^2 a step behind a memory that is not empty. Memory: linear in length.
+Cost: B L min(L, DIRECT) order multiply-accumulates in the direct form, transforms of order x 2L values otherwise, and
+behind a memory that is not empty order^2 for each step that it reaches, about 4 theta in a block. Memory: linear in
+length.
 """
 
 from __future__ import annotations
@@ -18,15 +20,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from formwright.ops.legendre_memory.reference import legendre_memory_reference, matrices
-from formwright.ops.legendre_memory.response import Response, response_of
+from formwright.ops.legendre_memory.response import Response, reach, response_of
 from formwright.registry import Paper, register
 
-__all__ = ["BLOCK", "DIRECT", "legendre_memory", "legendre_memory_macs", "legendre_memory_reference", "matrices"]
+__all__ = [
+    "BLOCK",
+    "DIRECT",
+    "legendre_memory",
+    "legendre_memory_macs",
+    "legendre_memory_reference",
+    "matrices",
+    "reach",
+]
 
 #: Steps up to which one product costs less than transforms.
 DIRECT = 64
-#: Steps that are transformed at once.
-BLOCK = 4096
+#: Steps that are transformed at once; of a usual order, what a block makes on its way still lies in the caches.
+BLOCK = 2048
 
 
 @register(
@@ -57,16 +67,16 @@ def legendre_memory(
     return memory.to(u.dtype), _last(memory, first, lengths)
 
 
-def legendre_memory_macs(length: int, order: int, started: bool) -> int:
+def legendre_memory_macs(length: int, order: int, theta: float, started: bool) -> int:
     """Multiply-accumulates of one row of ``length`` steps; ``started``: behind a memory that is not empty."""
-    direct = sum(size * size for size in _blocks(length) if size <= DIRECT)
-    behind = length if started else max(0, length - BLOCK)
+    blocks = _blocks(length)
+    direct = sum(size * size for size in blocks if size <= DIRECT)
+    behind = sum(reach(order, theta, size) for size in blocks[not started :])
     return direct * order + behind * order * order
 
 
 def _blocks(length: int) -> list[int]:
-    whole, rest = divmod(length, BLOCK)
-    return [BLOCK] * whole + [rest]
+    return [min(BLOCK, length - first) for first in range(0, length, BLOCK)]
 
 
 def _block(u: Tensor, response: Response, start: Tensor | None) -> Tensor:
@@ -78,7 +88,10 @@ def _block(u: Tensor, response: Response, start: Tensor | None) -> Tensor:
     else:
         seen = torch.fft.rfft(u, 2 * length)[..., None] * response.spectrum(length)
         memory = torch.fft.irfft(seen, 2 * length, dim=1)[:, :length]
-    return memory if start is None else memory + response.after(start, length)
+    if start is None:
+        return memory
+    after = response.after(start, reach(response.order, response.theta, length))
+    return memory + F.pad(after, (0, 0, 0, length - after.shape[1]))
 
 
 def _last(memory: Tensor, first: Tensor, lengths: Tensor | None) -> Tensor:

@@ -23,6 +23,24 @@ def powers(order: int, theta: float, index: int) -> np.ndarray:
     return root @ root
 
 
+#: Norm of a power of the transition below which it leaves nothing of a memory, not even in float64.
+NOTHING = 1e-15
+
+
+@functools.lru_cache(maxsize=256)
+def size_of(order: int, theta: float, index: int) -> float:
+    """The norm of transition^(2^index)."""
+    return float(np.linalg.norm(powers(order, theta, index)))
+
+
+def reach(order: int, theta: float, length: int) -> int:
+    """Of ``length`` steps, those in which a memory at their start is still felt: a power of two, or all."""
+    index = 0
+    while 2**index < length and size_of(order, theta, index) > NOTHING:
+        index += 1
+    return min(2**index, length)
+
+
 class Response:
     """See the module. Lengths are rounded up to a power of two, so that few are ever computed."""
 

@@ -21,6 +21,7 @@ from formwright.parts.context import EMPTY, Context
 from formwright.parts.legendre import Cell, SpikingCell, spiked
 from formwright.parts.linears.dense import Dense
 from formwright.parts.norms.batch import BatchNorm
+from formwright.parts.pieces import pieced
 from formwright.parts.spikes import LIF
 from formwright.parts.streaming import refuse_rules, remembered, slot_bytes
 from formwright.registry import Paper, register
@@ -80,6 +81,7 @@ class LMU(Part):
         """What a stream remembers for each row: the memory."""
         return self.cell.slots()
 
+    @pieced
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         refuse_rules(ctx, "lmu")
         return spiked(self.out(self.cell(ctx.clear(x), ctx), ctx), self.norm, None, ctx)
@@ -132,6 +134,7 @@ class SpikingLMU(Part):
         """What a stream remembers for each row: the memory and the voltages."""
         return {**self.cell.slots(), **self._own()}
 
+    @pieced
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         refuse_rules(ctx, "spiking-lmu")
         x = spiked(ctx.clear(x), self.norm_in, self.lif_in, ctx)
