@@ -59,7 +59,8 @@ def contest(density: float, rounds: int) -> list[Line]:
     least = {MINE: LEAST, ALL: LEAST} if density <= REACHED else {}
     lines = race("deft", f"{density:.0%} active", runs, agreement, BAR, PEER, rounds, least=least)
     met = activation_density(dense, Batch(inputs={"tokens": said[PEER]}))
-    return [{**line, "density": met} for line in lines]
+    note = f"Of the hidden units {met:.1%} were active over the tokens of *{density:.0%} active*."
+    return [{**line, "note": note} if line["contender"] == MINE else line for line in lines]
 
 
 def decoder(density: float) -> Any:
