@@ -56,7 +56,7 @@ def contest(density: float, rounds: int) -> list[Line]:
     said = {name: torch.tensor([prompt[0].tolist() + run()]) for name, run in runs.items()}
     agreement = {name: alike(model, dense, said[PEER]) for name, model in models.items()}
     agreement |= {name: 0.0 for name, tokens in said.items() if not torch.equal(tokens, said[PEER])}
-    least = {MINE: LEAST, ALL: LEAST} if density <= REACHED else {}
+    least = {MINE: LEAST} if density <= REACHED else {}
     lines = race("deft", f"{density:.0%} active", runs, agreement, BAR, PEER, rounds, least=least)
     met = activation_density(dense, Batch(inputs={"tokens": said[PEER]}))
     note = f"Of the hidden units {met:.1%} were active over the tokens of *{density:.0%} active*."
