@@ -24,13 +24,14 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def spec(width: int, blocks: int, hidden: int | None = None) -> dict[str, Any]:
+def spec(width: int, blocks: int, hidden: int | None = None, activation: str = "gelu") -> dict[str, Any]:
     """A pre-norm decoder; the head is tied to the table of 256 bytes."""
     attention = {"part": "attention", "heads": 4, "causal": True, "rotary": {}}
+    perceptron = {"part": "mlp", "hidden": hidden or 4 * width, "activation": activation}
     return {
         "stem": {"part": "token-embedding", "vocab": 256, "width": width},
         "defaults": {"norm": "layernorm", "order": "pre"},
-        "layers": [{"repeat": blocks, "layers": [attention, {"part": "mlp", "hidden": hidden or 4 * width}]}],
+        "layers": [{"repeat": blocks, "layers": [attention, perceptron]}],
         "final_norm": "layernorm",
         "head": {"part": "lm", "tied": True},
     }
