@@ -71,7 +71,7 @@ def usable(*tensors: Tensor | None) -> bool:
 
 
 @register(
-    "op", "lora-linear", paper=Paper("Hu et al.", 2021, "2106.09685"), summary="a linear and its LoRA in one step"
+    "op", "lora_linear", paper=Paper("Hu et al.", 2021, "2106.09685"), summary="a linear and its LoRA in one step"
 )
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """x (..., in), weight (out, in), bias (out,) or None, a (r, in), b (out, r) -> (..., out). Weight and bias are
