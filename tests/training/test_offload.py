@@ -234,3 +234,32 @@ def test_bad_parameters_and_gradients():
 def test_rates_are_measured():
     optimizer = Interleaved(parameters(), subgroup=300)
     assert min(vars(optimizer.rates).values()) > 1e6
+
+
+def test_a_run_with_its_state_on_the_host_is_the_same_run(tmp_path):
+    """Weights and losses to the bit."""
+    import formwright as fw
+    from formwright.models.batch import Batch
+    from formwright.models.recipes import recipe
+
+    def batch(seed: int, index: int) -> Batch:
+        ids = torch.arange(12).repeat(4, 1) + index % 4
+        return Batch(inputs={"tokens": ids}, targets={"tokens": ids})
+
+    def run(name: str, offload: bool) -> tuple[list, list]:
+        model = fw.build(recipe("gpt-tiny", vocab=64, width=32, layers=2), seed=0)
+        out = tmp_path / name
+        done = fw.train(model, batch, steps=6, lr=3e-3, offload=offload, show=False, out=out, plot=False)
+        return done.losses, [p.detach() for p in model.parameters()]
+
+    (plain, wanted), (mine, found) = run("plain", False), run("host", True)
+    assert mine == plain and all(torch.equal(a, b) for a, b in zip(found, wanted))
+
+
+def test_offload_goes_with_no_shards_and_no_weights_set_beside_it():
+    import formwright as fw
+    from formwright.surgery import apply, samples
+
+    model = apply(samples.decoder(), "diff-pruning")
+    with pytest.raises(SpecError, match="sets weights of its own"):
+        fw.train(model, lambda seed, index: None, steps=2, offload=True, show=False)

@@ -103,6 +103,9 @@ def train(
     every += companions(model)
     every += [*hooks, *_scoring(data, evaluate_every, patience)]
     place = here(shard)
+    if recipe.offload and (shard or companions(model)):
+        other = "shard divides it" if shard else "an adapter of this model sets weights of its own at every step"
+        raise SpecError(f"offload keeps the optimizer's state whole and by itself on the host, and {other}")
     if place.main:
         every += [JsonLog(), Live(event.removesuffix("ed"), show)]
         every += [TensorBoard()] if tensorboard else []

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from formwright.kit.errors import DataError
+from formwright.training.offload import Interleaved
 from formwright.training.parameters import groups
 from formwright.training.recipe import Recipe
 
 
-def adamw(parameters: Mapping[str, nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW as the recipe says; lr is set before every step."""
-    kinds = {(p.device.type, p.is_floating_point()) for p in parameters.values()}
-    fused = all(kind in ("cpu", "cuda") and floating for kind, floating in kinds)
-    return torch.optim.AdamW(
-        groups(parameters, recipe.weight_decay), lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=fused
-    )
+def adamw(parameters: Mapping[str, nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW as the recipe says, its state on the host where it is to be; lr is set before every step."""
+    held = {(p.device.type, p.is_floating_point()) for p in parameters.values()}
+    fused = all(device in ("cpu", "cuda") and floating for device, floating in held)
+    kind = Interleaved if recipe.offload else torch.optim.AdamW
+    return kind(groups(parameters, recipe.weight_decay), lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=fused)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -55,3 +55,5 @@ def load_state_tensors(
                 f"the checkpoint's optimizer knows {name}, which is not trained now; keep the recipe as it was"
             )
         optimizer.state[parameters[name]][key] = like(value, parameters[name])
+    if isinstance(optimizer, Interleaved):
+        optimizer.refresh()

@@ -19,7 +19,7 @@ from formwright.training.schedules import check_schedule
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 #: Settings that change no bit of what a run makes, so a resumed run may have others.
-FREE = ("gradient_checkpointing",)
+FREE = ("gradient_checkpointing", "offload")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Recipe:
     of the gradient, None for none. ema: decay of averaged other models. dropout: run the model in training mode.
     trainable: patterns of addresses, see :mod:`formwright.training.parameters`. precision: of products, float32,
     bfloat16 or float16 (parameters stay as they are). gradient_checkpointing: items of a span whose activations are
-    computed again in the backward pass instead of kept, 0 for none.
+    computed again in the backward pass instead of kept, 0 for none. offload: AdamW's state in the host's memory, see
+    :mod:`formwright.training.offload`.
     """
 
     objective: dict[str, Any] = field(default_factory=lambda: {"name": "causal-lm"})
@@ -56,6 +57,7 @@ class Recipe:
     trainable: tuple[str, ...] = ("*",)
     precision: str = "float32"
     gradient_checkpointing: int = 0
+    offload: bool = False
 
     def __post_init__(self) -> None:
         all_of(SpecError, problems_of({entry.name: getattr(self, entry.name) for entry in fields(self)}))

@@ -25,6 +25,7 @@ from formwright.training.checkpoint import RunDirectory
 from formwright.training.ending import Diverged, Interrupted, held_interrupt
 from formwright.training.hooks import Hook
 from formwright.training.noise import private_random, step_seed
+from formwright.training.offload import Interleaved
 from formwright.training.optimizers import adamw, load_state_tensors, set_lr, state_tensors
 from formwright.training.parameters import chosen, only
 from formwright.training.place import Place
@@ -319,6 +320,8 @@ class Run:
             finally:
                 for hook in self.hooks:
                     hook.stage_end(self)
+                if isinstance(self.optimizer, Interleaved):
+                    self.optimizer.close()
 
     def _steps(self, asked: Callable[[], bool]) -> None:
         while not self.last:

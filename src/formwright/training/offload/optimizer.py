@@ -353,6 +353,12 @@ class Interleaved(torch.optim.Optimizer):
             for name, value in given.items():
                 kept["weight" if name == "master" else name].copy_(torch.as_tensor(value))
 
+    def refresh(self) -> None:
+        """Take the weights anew from the parameters, after something else has changed them."""
+        self._resident.clear()
+        for parameter, master in self.masters.items():
+            master.copy_(parameter.detach())
+
     def _bring_home(self) -> None:
         for (index, number), there in self._resident.items():
             for mine, theirs in zip(self._held(self.groups[index].pieces[number]), there):
