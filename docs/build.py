@@ -265,7 +265,7 @@ def catalog_page() -> str:
 
 def proofs_page(chosen: list[str], standing: str = "", quick: bool = False) -> str:
     """Every claim with its published figure, the bar, and what this machine measures; runs the chosen proofs, and takes
-    the others from the ``standing`` page."""
+    those of the others that it has from the ``standing`` page."""
     from formwright.measure.machine import machine
 
     here = machine()
@@ -276,7 +276,10 @@ def proofs_page(chosen: list[str], standing: str = "", quick: bool = False) -> s
     ]
     kept = {part.split("\n", 1)[0]: f"## {part.rstrip()}\n" for part in standing.split("\n## ")[1:]}
     for name in registry.names("proof"):
-        text.append(kept[name] if name in kept and name not in chosen else proof_section(name, quick))
+        if name in chosen:
+            text.append(proof_section(name, quick))
+        elif name in kept:
+            text.append(kept[name])
     return "\n".join(text).rstrip() + "\n"
 
 

@@ -109,7 +109,7 @@ def _print(prices: list[Any]) -> None:
         held = (memory.weights + memory.gradients + memory.optimizer) / 2**20
         seconds = "" if price.seconds is None else f"{price.seconds:9.3f}"
         say(
-            f"  {price.method:<20}{price.trainable:>11,}{100 * price.share:6.2f} %{held:>19,.0f} MiB"
+            f"  {price.method:<20}{price.trainable:>11,}{100 * price.share:8.2f} %{held:>17,.0f} MiB"
             f"{memory.saved / 2**20:>10,.1f} MiB{seconds}"
         )
 
