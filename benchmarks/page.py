@@ -85,6 +85,17 @@ PyTorch."""
 TRAIN = """\
 Forward and backward of one row of 4,096 tokens, Mamba against a Transformer of as many parameters in this library."""
 
+TRAINER = """\
+A causal Transformer of 10.5 million parameters on functions of the standard library, 16 documents a step, float32:
+tokens that are text, a second. The losses of the first steps are compared before anything is timed, where the batches
+are the same. *padded* is the Trainer's default; *group_by_length* and *padding-free* its own ways to waste less."""
+PEFT = """\
+A training step with LoRA of rank 8 against the `peft` package on the same model and weights, gradients equal first:
+*full* is rows of one length, *natural* rows as long as texts are, which we pack and `peft` pads."""
+MEFT = """\
+A training step of 24 layers of width 256 made reversible, against LoRA on the same layers; beside each name what its
+forward pass keeps for the backward pass, and the share of LoRA's."""
+
 
 @dataclass(frozen=True)
 class Section:
@@ -108,6 +119,9 @@ BENCHES = (
     "window_attention",
     "deft",
     "length",
+    "train",
+    "peft",
+    "meft",
 )
 TOLD = {"encode": ["--peers", "--score", "--texts", "1000"]}
 
@@ -255,6 +269,21 @@ def exponents(lines: list[Line]) -> str:
     return table(["mixer", *(f"{int(n):,}" for n in lengths), "exponent", "spread", "bar"], rows)
 
 
+def rates(lines: list[Line]) -> str:
+    """Tokens a second, the fastest first."""
+    timed = sorted((line for line in lines if "ratio" in line), key=lambda line: -line["ratio"])
+    rows = [
+        [
+            cell(line["contender"]),
+            f"{line['tokens_per_second']:,.0f}",
+            fold(line["ratio"]),
+            "other batches" if line["apart"] is None else f"within {line['apart']:.0e}",
+        ]
+        for line in timed
+    ]
+    return table(["contender", "tokens a second", "ratio", "losses"], rows)
+
+
 SECTIONS = (
     Section("Encode", ("encode",), ENCODE, ranked),
     Section("Start", ("start",), START, ranked),
@@ -268,6 +297,9 @@ SECTIONS = (
     Section("Training a long row", ("length train",), TRAIN, duels),
     Section("Memory of a long pass", ("length memory",), MEMORY, sizes),
     Section("Growth of time", ("length growth",), GROWTH, exponents),
+    Section("Training", ("train",), TRAINER, rates),
+    Section("Adapters", ("peft lora",), PEFT, duels),
+    Section("Reversible layers", ("meft",), MEFT, duels),
 )
 
 
