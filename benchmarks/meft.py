@@ -47,10 +47,11 @@ def steps(layers: int, width: int, rounds: int) -> list[dict[str, Any]]:
     agreement = {name: agrees(model) if name.startswith("meft") else 1.0 for name, model in models.items()}
     contenders: dict[str, Callable[[], Any]] = {name: step(model) for name, model in models.items()}
     lines = race("meft", f"{layers}x{width}", contenders, agreement, BAR, "lora", rounds)
+    told = {name: f"{name} ({kept / 1e6:.1f} MB, {kept / saved['lora']:.3f})" for name, kept in saved.items()}
     for line in lines:
         name = line["contender"]
         line |= {"saved_mb": saved[name] / 1e6, "saved_share": saved[name] / saved["lora"]}
-        line["contender"] = f"{name} ({line['saved_mb']:.1f} MB, {line['saved_share']:.3f})"
+        line |= {"contender": told[name], "peer": told[line["peer"]]}
     return lines
 
 
