@@ -30,7 +30,7 @@ from formwright.surgery.adapt.switch import use
 from formwright.surgery.samples import state
 
 
-@register("proof", "break_for_make", paper=Paper("Xu et al.", 2024, "2403.19456"), summary="adapters that fuse")
+@register("proof", "break-for-make", paper=Paper("Xu et al.", 2024, "2403.19456"), summary="adapters that fuse")
 def prove(quick: bool, seed: int) -> list[Claim]:
     """The adapter's algebra."""
     with one_thread():
