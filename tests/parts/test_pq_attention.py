@@ -47,7 +47,7 @@ def test_a_causal_query_reads_its_number_of_distinct_earlier_keys(length, keys, 
     mine = mixer(causal=True, keys=keys, select=select)
     q, k = (torch.randn(1, length, 2, 16, dtype=torch.float64) for _ in range(2))
     places = torch.arange(length)[None]
-    listed = mine._listed(q, k, places, places, Context())
+    listed = mine._listed(q, k, places, places)
     for row in range(length):
         for head in range(2):
             read = [place for place in listed[0, head, row].tolist() if place >= 0]
@@ -63,7 +63,7 @@ def test_most_matching_codes_are_read_and_the_nearer_of_equals():
     signs = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, 1.0], dtype=torch.float64)
     q = k = signs[None, :, None, None].expand(1, 6, 2, 16)
     places = torch.arange(6)[None]
-    listed = mine._listed(q, k, places, places, Context())
+    listed = mine._listed(q, k, places, places)
     assert [sorted(row) for row in listed[0, 0].tolist()] == [[0, 2], [1, 3], [0, 2], [1, 3], [4, 5], [4, 5]]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,13 +76,14 @@ def adapt(
     if method is None:
         found = tuning.prices(loaded, made, seed=seed)
         if json:
-            emit([tuning.plain(price) for price in found])
+            emit([asdict(price) for price in found])
         else:
             _print(found)
             say("  train one: formwright adapt MODEL --method NAME --task ... --minutes 5 --out DIR")
         return
     given, chosen = options_from(options or []), {"steps": steps, "minutes": minutes, "batch": batch}
-    _print([tuning.price(loaded, made, "full", seed=seed), tuning.price(loaded, made, method, seed=seed, **given)])
+    cost = tuning.price(loaded, made, method, seed=seed, **given)
+    _print([tuning.price(loaded, made, "full", seed=seed), cost])
     done = tuning.adapt(
         loaded,
         made,
@@ -93,6 +95,7 @@ def adapt(
         lr=lr,
         seed=seed,
         options=given,
+        cost=cost,
         **{name: value for name, value in chosen.items() if value is not None},
     )
     _said(done, made, json)
@@ -115,12 +118,10 @@ def _print(prices: list[Any]) -> None:
 
 
 def _said(done: Any, task: Any, json: bool) -> None:
-    from formwright.training.adapt import plain
-
     before = None if done.before is None else done.before.value
     if json:
         emit({
-            "price": plain(done.price), "metric": task.metric, "before": before, "select": done.select.value,
+            "price": asdict(done.price), "metric": task.metric, "before": before, "select": done.select.value,
             "test": done.test.value, "steps": done.trained.steps, "seconds": done.trained.seconds,
             "out": str(done.out), "whole": done.whole,
         })  # fmt: skip

@@ -64,9 +64,13 @@ class Adapters(nn.ModuleDict):
     def held(self) -> Iterator[Adapter]:
         yield from self._modules.values()  # type: ignore[misc]
 
+    def used(self, adapter: Adapter) -> bool:
+        """Whether a call that names none uses this one."""
+        return adapter.number in (self.active, EVERY)
+
     def awake(self, ctx: Context) -> bool:
         """Whether a call may use any of them."""
-        return ctx.adapters is not None or any(adapter.number in (self.active, EVERY) for adapter in self.held())
+        return ctx.adapters is not None or any(map(self.used, self.held()))
 
     def enter(self, x: Tensor, ctx: Context) -> Context:
         """``ctx`` with what the part begins with."""
@@ -91,9 +95,9 @@ class Adapters(nn.ModuleDict):
         """The part's output ``y`` (B, L, W) as its adapters change it; ``x`` is what the part read."""
         chosen = None if ctx.adapters is None else spread(ctx.adapters, y, ctx)
         for adapter in self.held():
-            mask = None if chosen is None or adapter.number == EVERY else chosen == adapter.number
-            if chosen is None and adapter.number not in (self.active, EVERY):
+            if chosen is None and not self.used(adapter):
                 continue
+            mask = None if chosen is None or adapter.number == EVERY else chosen == adapter.number
             added = adapter(x, y, ctx)
             if added is not None:
                 added = added if mask is None else torch.where(mask, added, 0.0)
@@ -105,9 +109,7 @@ class Adapters(nn.ModuleDict):
         total = Cost()
         for adapter in self.held():
             cost = adapter.cost(shape)
-            total = total + Cost(
-                cost.parameters, cost.macs if adapter.number in (self.active, EVERY) else 0, cost.state_bytes
-            )
+            total = total + Cost(cost.parameters, cost.macs if self.used(adapter) else 0, cost.state_bytes)
         return total
 
 

@@ -155,7 +155,7 @@ def mass_kept(seed: int) -> list[Claim]:
             with torch.no_grad():
                 mixer.quantizer.fit(vectors[torch.randperm(len(vectors), generator=gen)[:4096]], gen)
                 places = torch.arange(WINDOW)[None]
-                listed = mixer._listed(q, k, places, places.expand(len(q), -1), Context())
+                listed = mixer._listed(q, k, places, places.expand(len(q), -1))
             said[select][index] = float(probs.gather(-1, listed.long()).sum(-1).mean())
     random = READ / WINDOW
     rows = ", ".join(f"layer {i}: {said['codes'][i]:.2f}" for i in chosen)

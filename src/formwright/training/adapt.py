@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,6 @@ def methods() -> list[str]:
 
 def attached(model: Any, task: Task, method: str, options: Mapping[str, Any], seed: int) -> Any:
     """``model``, in place, with a head for the task and what ``method`` adds; only what it trains wants gradients."""
-    if method not in methods():
-        raise SpecError(unknown("method", method, methods()))
     with_head(model, task, seed)
     if method == "full":
         _refuse_options(method, options)
@@ -89,6 +87,11 @@ def attached(model: Any, task: Task, method: str, options: Mapping[str, Any], se
     return apply(model, method, **{**({"train": ["heads.*"]} if learns else {}), **options})
 
 
+def _check(method: str) -> None:
+    if method not in methods():
+        raise SpecError(unknown("method", method, methods()))
+
+
 def _refuse_options(method: str, options: Mapping[str, Any]) -> None:
     if options:
         raise SpecError(f"method {method} takes no options, so {', '.join(options)} cannot be set")
@@ -96,9 +99,8 @@ def _refuse_options(method: str, options: Mapping[str, Any]) -> None:
 
 def price(model: Any, task: Task, method: str, *, steps: int = 2, seed: int = 0, **options: Any) -> Price:
     """What ``method`` would cost on this model and task; the model is left as it is."""
+    _check(method)
     trial = copy(model, share=True)
-    if method not in methods():
-        raise SpecError(unknown("method", method, methods()))
     try:
         attached(trial, task, method, options, seed)
         task.bind(trial)
@@ -160,17 +162,20 @@ def adapt(
     lr: float | None = None,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
+    cost: Price | None = None,
     **settings: Any,
 ) -> Adapted:
     """Attach ``method`` to ``model`` (in place), train it on the task, and write what it made.
 
     options: of the method. settings: of the recipe (steps, minutes, batch, ...) and of :func:`train`. lr: default by
-    the method. merge: fold the adapter into plain weights at the end, and write the whole model.
+    the method. merge: fold the adapter into plain weights at the end, and write the whole model. cost: its
+    :func:`price`, where it is known already.
 
     Raises SpecError and Refusal before any work, for a method, option or place that does not fit.
     """
     given = dict(options or {})
-    cost = price(model, task, method, seed=seed, **given)
+    _check(method)
+    cost = price(model, task, method, seed=seed, **given) if cost is None else cost
     if cost.refused:
         raise Refusal(cost.refused)
     if merge and (method in WHOLE or not surgery(method).promises(plan(model, method, **given)).mergeable):
@@ -205,8 +210,3 @@ def _fresh(model: Any, task: Task) -> bool:
 def _score(model: Any, task: Task, split: str) -> Score:
     task.bind(model)
     return task.score(model, split)
-
-
-def plain(price: Price) -> dict[str, Any]:
-    """A price as plain JSON."""
-    return asdict(price)

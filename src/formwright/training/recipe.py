@@ -18,7 +18,8 @@ from formwright.objectives.base import Objective
 from formwright.training.schedules import check_schedule
 
 PRECISIONS = ("float32", "bfloat16", "float16")
-#: Settings that change no bit of what a run makes, so a resumed run may have others.
+#: Settings that change no bit of what a run makes, so a resumed run may have others. (Offloading rounds the last bits
+#: of a parameter of more than a hundred million numbers otherwise, in a fused kernel of several threads.)
 FREE = ("gradient_checkpointing", "offload")
 
 

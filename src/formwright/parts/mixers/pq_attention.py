@@ -112,7 +112,7 @@ class PQAttention(Attention):
         if ctx.state is not None:
             k, seen = ctx.append("k", k)
             v, _ = ctx.append("v", v)
-        listed = self._listed(q, k, places, seen.expand(len(x), -1), ctx)
+        listed = self._listed(q, k, places, seen.expand(len(x), -1))
         if ctx.wants("probs"):
             ctx.note("probs", lambda: self._of_read(q, k, listed))
         return sparse_attention(q, k, v, listed, self._factor)
@@ -142,7 +142,7 @@ class PQAttention(Attention):
         return (held.double() * self.fraction).ceil().long() if self.keys is None else held.clamp(max=self.keys)
 
     @torch.no_grad()
-    def _listed(self, q: Tensor, k: Tensor, places: Tensor, seen: Tensor, ctx: Context) -> Tensor:
+    def _listed(self, q: Tensor, k: Tensor, places: Tensor, seen: Tensor) -> Tensor:
         """(B, H, L, N): places of the keys that each query reads, -1 beyond their number."""
         counts, most = self._counts(seen), self._read(k.shape[1])
         rank = getattr(self, f"_by_{self.select}")(q, k)

@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 from formwright.kit.errors import FormwrightError, Refusal, SpecError, all_of, unknown
+from formwright.models.items import part_name
 from formwright.parts.base import LinearLike, initialise
 from formwright.parts.channels.mlp import MLP, GatedMLP
 from formwright.parts.channels.routed_mlp import RoutedMLP
 from formwright.parts.context import Notes, keyed_generator
 from formwright.registry import Paper, register
-from formwright.surgery.base import Displaced, Plan, Surgery, check_options, on, surgery
+from formwright.surgery.base import Displaced, Plan, Surgery, check_options, copy, on, surgery
 from formwright.surgery.evidence import batches
 
 ATTENTION = ("fraction", "keys", "select", "codewords", "code_width", "refine")
@@ -47,8 +48,10 @@ class Spt(Surgery):
         check_options("spt", options, ("attention", "mlp", "where", "seed", *ATTENTION, *ROUTED))
         seed = options.get("seed", 0)
         chosen = _chosen(model, options.get("where"))
-        routed = {id: self._routing(part, options) for id, part in chosen.items() if isinstance(part, (MLP, GatedMLP))}
-        attending = [id for id, part in chosen.items() if type(part).__name__ == "Attention"]
+        routing = {"blocks": 4, "top": 2, "balance": 0.0}
+        routing |= {name: options[name] for name in ROUTED if name in options}
+        routed = {id: dict(routing) for id, part in chosen.items() if isinstance(part, (MLP, GatedMLP))}
+        attending = [id for id, part in chosen.items() if part_name(part) == "attention"]
         decisions: dict[str, Any] = {"mlp": routed if options.get("mlp", True) else {}, "seed": seed}
         if options.get("attention", True) and attending:
             given = {name: options[name] for name in ATTENTION if name in options}
@@ -61,14 +64,6 @@ class Spt(Surgery):
         if evidence is None or "attention" not in decisions:
             return made
         return self.made(model, dict(options), decisions, **_codebooks(model, made, evidence, seed))
-
-    @staticmethod
-    def _routing(part: Any, options: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "blocks": options.get("blocks", 4),
-            "top": options.get("top", 2),
-            "balance": options.get("balance", 0.0),
-        }
 
     def check(self, model: Any, plan: Plan) -> None:
         held, problems = dict(model.parts()), []
@@ -169,8 +164,6 @@ def _routed(old: Any, options: dict[str, Any]) -> RoutedMLP:
 @torch.no_grad()
 def _codebooks(model: Any, plan: Plan, evidence: Any, seed: int) -> dict[str, torch.Tensor]:
     """Item -> its codebook, fitted to the queries and keys that the evidence makes there."""
-    from formwright.surgery.base import copy
-
     trial = copy(model, share=True)
     swapper = surgery("swap-mixer")
     displaced = swapper.reshape(trial, _swap(plan))

@@ -14,7 +14,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -226,9 +226,3 @@ class Threads(Lanes):
             waiting.put(None)
         for thread in self._threads:
             thread.join()
-
-
-def pieces(total: int, size: int, grain: int) -> Sequence[tuple[int, int]]:
-    """(start, end) of the parts of ``total`` numbers: at most ``size`` each, cut at multiples of ``grain``."""
-    step = max(grain, size // grain * grain)
-    return [(start, min(start + step, total)) for start in range(0, total, step)]

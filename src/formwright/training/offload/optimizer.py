@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw as adamw_
 
 from formwright.kit.errors import Refusal, SpecError
-from formwright.training.offload.lanes import Mark, Threads, pieces
+from formwright.training.offload.lanes import Mark, Threads
 from formwright.training.offload.schedule import (
     STATE,
     Cells,
@@ -369,12 +369,18 @@ class Interleaved(torch.optim.Optimizer):
         self.lanes.close()
 
 
+def _stretches(total: int, size: int) -> list[tuple[int, int]]:
+    """(start, end) of the parts of ``total`` numbers: at most ``size`` each, cut at multiples of ``GRAIN``."""
+    step = max(GRAIN, size // GRAIN * GRAIN)
+    return [(start, min(start + step, total)) for start in range(0, total, step)]
+
+
 def _cut(param_groups: list[dict[str, Any]], size: int) -> Iterator[Subgroup]:
     """Subgroups in the order of the parameters: closed as soon as they hold ``size`` numbers, larger parameters cut."""
     made = Subgroup()
     for number, group in enumerate(param_groups):
         for parameter in group["params"]:
-            for start, end in pieces(parameter.numel(), size, GRAIN):
+            for start, end in _stretches(parameter.numel(), size):
                 made.pieces.append(Piece(parameter, number, start, end))
                 if made.numbers >= size:
                     yield made

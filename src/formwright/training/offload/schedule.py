@@ -6,9 +6,9 @@ k - 1 before it; k = 1 streams everything through the device, no stride leaves e
 
     S max((k - 1)(1/host + 1/cast), (12 + w (k - 1))/up, 12/down, 1/device)
 
-where 12 bytes are weight, mean and square in float32 and w those of a weight on the device. The first of these falls
-and the second rises as k does; the best k is where they meet, found here by counting the whole step on a clock, first
-fetch and last flush included (:func:`best_stride`), since the subgroups are few and their sizes differ.
+where 12 bytes are weight, mean and square in float32 and w those of a weight on the device. For each number the first
+rises with k and the second falls; the best k is where they meet, found here by counting the whole step on a clock,
+first fetch and last flush included (:func:`best_stride`), since the subgroups are few and their sizes differ.
 """
 
 from __future__ import annotations
